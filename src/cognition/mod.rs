@@ -1,0 +1,179 @@
+//! How an instance thinks: reflexes (rules), and engines that decide when no rule does.
+//!
+//! Owns: the [`Engine`] port and the built-in engines. Not here: memory (recollection is handed in), the commit of what was
+//! thought (`instance`), and any knowledge of actors or stores.
+//! Tests: rules and actions at the foot of `reflex.rs`; engines in `tests/it/thinking.rs`.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+
+use crate::types::{
+    Channel, EpisodeDraft, Fault, InstanceId, InstanceKey, Kind, Millis, Profile, RawJson, Reply, StateDoc, Stimulus,
+    TurnRecord, Usage,
+};
+
+/// A decision's building block. Rules and engines both yield these; `instance::turn` turns them into one record.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Answer the sender. A later reply in the same turn replaces an earlier one.
+    Reply(Reply),
+    /// Publish below `out/`.
+    Publish {
+        /// Channel below `out/`.
+        channel: Channel,
+        /// Text.
+        content: Option<String>,
+        /// Structured payload.
+        data: Option<RawJson>,
+        /// Keep as retained value.
+        retain: bool,
+    },
+    /// A stimulus for another instance of the tenant.
+    Send {
+        /// The other instance.
+        instance: InstanceId,
+        /// Its channel there.
+        channel: Channel,
+        /// Text.
+        content: Option<String>,
+        /// Structured content.
+        data: Option<RawJson>,
+    },
+    /// A merge patch over `{"desired":…,"reported":…}`.
+    Set(serde_json::Value),
+    /// Remember an episode.
+    Remember(EpisodeDraft),
+    /// A stimulus for oneself, later.
+    Remind {
+        /// When.
+        due: Millis,
+        /// Text.
+        content: Option<String>,
+        /// Structured content.
+        data: Option<RawJson>,
+    },
+    /// An HTTP POST to an allowed host.
+    Webhook {
+        /// Where to.
+        url: String,
+        /// JSON body.
+        body: RawJson,
+    },
+}
+
+/// What a pure rule evaluation sees.
+#[derive(Debug, Clone, Copy)]
+pub struct Facts<'a> {
+    /// Whose turn.
+    pub key: &'a InstanceKey,
+    /// What to decide on.
+    pub stimulus: &'a Stimulus,
+    /// The state before the turn.
+    pub state: &'a StateDoc,
+    /// The number of the turn being decided.
+    pub turn: u64,
+    /// Now.
+    pub now: Millis,
+}
+
+/// What an engine is asked.
+#[derive(Debug, Clone)]
+pub struct Question {
+    /// Whose turn.
+    pub key: InstanceKey,
+    /// The profile in force.
+    pub profile: Arc<Profile>,
+    /// What to decide on.
+    pub stimulus: Arc<Stimulus>,
+    /// The state before the turn.
+    pub state: StateDoc,
+    /// Relevant episodes, best first.
+    pub recollection: Vec<crate::store::Episode>,
+    /// The last turns, oldest first.
+    pub recent: Vec<Arc<TurnRecord>>,
+    /// Now.
+    pub now: Millis,
+    /// Longest time this may take.
+    pub deadline: Duration,
+}
+
+/// What an engine decided.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Thought {
+    /// What to do, in order.
+    pub actions: Vec<Action>,
+    /// The model that was asked.
+    pub model: Option<String>,
+    /// What it consumed.
+    pub usage: Option<Usage>,
+    /// Model and tool calls made.
+    pub steps: u32,
+}
+
+/// Receives the words of an answer while it is being thought. Must not block.
+pub trait Progress: Send + Sync {
+    /// The next piece of the answer's text.
+    fn token(&self, text: &str);
+    /// Everything streamed so far is void: the call failed midway and begins anew.
+    fn restart(&self);
+}
+
+/// How long an engine takes, which decides the path of the stimulus.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pace {
+    /// About a millisecond, without leaving the node: accepted, decided and committed in one.
+    Instant,
+    /// Longer: the stimulus is accepted durably before the engine is asked.
+    Slow,
+}
+
+/// Why an engine gave no answer.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    /// The profile or node names a provider that is not configured.
+    #[error("no model provider '{0}' is configured")]
+    NoProvider(String),
+    /// The provider refuses for a reason that repeating does not cure.
+    #[error("the model provider refused: {0}")]
+    Refused(String),
+    /// The provider does not answer properly at present.
+    #[error("the model provider is unavailable: {0}")]
+    Unavailable(String),
+    /// Too many calls wait for this provider.
+    #[error("too many calls wait for model provider '{0}'")]
+    Overloaded(String),
+    /// The deadline passed.
+    #[error("no answer within {0:?}")]
+    Timeout(Duration),
+    /// The profile's settings for this engine are wrong.
+    #[error("bad engine settings: {0}")]
+    Settings(String),
+}
+
+impl Fault for Error {
+    fn kind(&self) -> Kind {
+        match self {
+            Error::NoProvider(_) | Error::Settings(_) | Error::Refused(_) => Kind::Invalid,
+            Error::Unavailable(_) => Kind::Unavailable,
+            Error::Overloaded(_) => Kind::Overloaded,
+            Error::Timeout(_) => Kind::Timeout,
+        }
+    }
+}
+
+/// Decides what no rule decided.
+#[async_trait]
+pub trait Engine: Send + Sync {
+    /// Its name in profiles, turns and metrics.
+    fn name(&self) -> &'static str;
+    /// How long it will take for this profile.
+    fn pace(&self, profile: &Profile) -> Pace;
+    /// How many episodes it wants recalled, and how many recent turns.
+    fn wants(&self, profile: &Profile) -> (usize, usize);
+    /// Thinks. Dropping the future cancels the thought; nothing it did may outlive it.
+    ///
+    /// # Errors
+    /// [`Error`]; its kind tells whether trying again can help.
+    async fn think(&self, question: Question, progress: &dyn Progress) -> Result<Thought, Error>;
+}

@@ -1,0 +1,351 @@
+//! Settings: one struct per section, defaults from `config/default.toml`, then file, environment, flags.
+//!
+//! Not here: validation of things only their owner understands (rules, topics).
+//! Tests: at the foot; `tests/it/config.rs` drives the binary.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::types::{InstanceId, Scope, TenantId, profile::EngineName};
+
+/// Everything.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The process.
+    pub node: Node,
+    /// The HTTP door.
+    pub http: Http,
+    /// The MQTT door.
+    pub mqtt: Mqtt,
+    /// The durable truth.
+    pub store: Store,
+    /// Shards.
+    pub cluster: Cluster,
+    /// Scale.
+    pub scaling: Scaling,
+    /// Instances.
+    pub instances: Instances,
+    /// Engines and providers.
+    pub cognition: Cognition,
+    /// Sending effects.
+    pub delivery: Delivery,
+    /// Credentials.
+    pub auth: Auth,
+    /// Logs and metrics.
+    pub telemetry: Telemetry,
+    /// Faults on demand, only in builds with the `faults` feature.
+    #[serde(default)]
+    pub faults: Faults,
+}
+
+/// `[node]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Node {
+    /// Name in logs and metrics; the host's name when empty.
+    pub name: String,
+    /// Folder of everything durable.
+    pub data_dir: PathBuf,
+    /// Threads that run instances; 0 = one per core.
+    pub arbiters: usize,
+    /// Longest graceful stop, in seconds.
+    pub drain_seconds: u64,
+}
+
+/// `[http]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Http {
+    /// Address; port 0 picks a free one.
+    pub listen: SocketAddr,
+    /// Threads; 0 = one per core.
+    pub workers: usize,
+    /// Largest request body, in KiB.
+    pub max_body_kb: usize,
+    /// Most connections at once.
+    pub max_connections: usize,
+    /// Longest wait for a request's head, in seconds.
+    pub header_seconds: u64,
+    /// Idle connections are closed after this, in seconds.
+    pub keep_alive_seconds: u64,
+    /// Longest `?wait=`, in seconds.
+    pub max_wait_seconds: u64,
+}
+
+/// How the MQTT door works.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MqttMode {
+    /// A listener in this process.
+    Embedded,
+    /// A client of an external broker.
+    External,
+    /// None.
+    Off,
+}
+
+/// `[mqtt]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mqtt {
+    /// Embedded, external or off.
+    pub mode: MqttMode,
+    /// Embedded: address; port 0 picks a free one.
+    pub listen: SocketAddr,
+    /// Embedded: TLS address, with `tls_cert` and `tls_key`.
+    #[serde(default)]
+    pub tls_listen: Option<SocketAddr>,
+    /// PEM certificate chain.
+    #[serde(default)]
+    pub tls_cert: Option<PathBuf>,
+    /// PEM private key.
+    #[serde(default)]
+    pub tls_key: Option<PathBuf>,
+    /// Largest packet, in KiB.
+    pub max_packet_kb: u32,
+    /// Most connections at once.
+    pub max_connections: usize,
+    /// Most unacknowledged publishes taken from one connection; sent as receive maximum on MQTT 5.
+    pub receive_maximum: u16,
+    /// Most messages waiting for one session.
+    pub max_queued: usize,
+    /// Longest session life after a disconnect, in seconds.
+    pub max_session_expiry_seconds: u32,
+    /// Keep-alive for clients that ask for none, in seconds; 0 = none.
+    pub default_keep_alive_seconds: u16,
+    /// Plain pub/sub within the tenant on topics outside `sophont/`.
+    pub plain_topics: bool,
+    /// External: broker, `mqtt://HOST:PORT` or `mqtts://HOST:PORT`.
+    #[serde(default)]
+    pub url: String,
+    /// External: client id; stable, so that the session resumes.
+    #[serde(default)]
+    pub client_id: String,
+    /// External: user name.
+    #[serde(default)]
+    pub username: String,
+    /// External: environment variable that holds the password.
+    #[serde(default)]
+    pub password_env: String,
+    /// External: PEM file with the broker's CA; the system's roots when absent.
+    #[serde(default)]
+    pub ca_file: Option<PathBuf>,
+    /// External: shared subscription group; empty = a plain subscription.
+    #[serde(default)]
+    pub share_group: String,
+}
+
+/// Where the truth is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    /// One file in the data folder.
+    Sqlite,
+    /// Nothing survives: for trying things and for tests.
+    Memory,
+}
+
+/// What a commit waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Durability {
+    /// fsync before each acknowledgement: survives power loss.
+    Full,
+    /// The operating system has it: survives kill -9, a power cut may lose the last seconds.
+    Normal,
+    /// No syncs at all.
+    Off,
+}
+
+/// `[store]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Store {
+    /// Backend.
+    pub backend: Backend,
+    /// Durability.
+    pub durability: Durability,
+    /// Most units in one group commit.
+    pub max_batch: usize,
+    /// Most units waiting for the writer.
+    pub max_queue: usize,
+    /// Threads and connections that read; 0 = one per core.
+    pub readers: usize,
+    /// Page cache of each connection, in MiB.
+    pub cache_mb: usize,
+}
+
+/// `[cluster]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cluster {
+    /// Hash slices of instances.
+    pub shards: u32,
+}
+
+/// `[scaling]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scaling {
+    /// Most instances in memory.
+    pub max_consciousness_instances: usize,
+    /// In-process cache, in MiB.
+    pub cache_l1_size_mb: usize,
+}
+
+/// `[instances]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Instances {
+    /// An instance without stimuli leaves memory after this many seconds.
+    pub idle_passivate_seconds: u64,
+    /// Most stimuli waiting for one instance.
+    pub max_inbox: usize,
+    /// How often the store is searched for waiting stimuli nobody was woken for, in seconds.
+    pub scan_seconds: u64,
+}
+
+/// `[cognition]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cognition {
+    /// Engine of profiles that name none.
+    pub default_engine: EngineName,
+    /// Provider of profiles that name none; the only one when there is just one.
+    #[serde(default)]
+    pub default_provider: String,
+    /// Longest thinking for one turn, in seconds.
+    pub think_seconds: u64,
+    /// Providers by name.
+    #[serde(default)]
+    pub providers: BTreeMap<String, Provider>,
+}
+
+/// `[cognition.providers.NAME]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Provider {
+    /// Up to and including `/v1`.
+    pub base_url: String,
+    /// Environment variable that holds the key; none when empty.
+    #[serde(default)]
+    pub api_key_env: String,
+    /// Model when the profile names none.
+    #[serde(default)]
+    pub model: String,
+    /// Calls at once.
+    #[serde(default = "four")]
+    pub max_concurrent: usize,
+    /// Calls waiting.
+    #[serde(default = "thousand")]
+    pub max_waiting: usize,
+    /// Longest wait for the next byte of an answer, in seconds.
+    #[serde(default = "sixty")]
+    pub idle_seconds: u64,
+    /// Most tokens of an answer.
+    #[serde(default = "thousand_u32")]
+    pub max_tokens: u32,
+}
+
+const fn four() -> usize {
+    4
+}
+const fn thousand() -> usize {
+    1000
+}
+const fn thousand_u32() -> u32 {
+    1000
+}
+const fn sixty() -> u64 {
+    60
+}
+
+/// `[delivery]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Delivery {
+    /// Hosts (`host` or `host:port`) webhooks may call; none when empty.
+    pub webhook_allow: Vec<String>,
+    /// Longest webhook call, in seconds.
+    pub webhook_seconds: u64,
+    /// Tries before an effect is given up.
+    pub max_tries: u32,
+}
+
+/// `[auth]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Auth {
+    /// Tenant of callers on loopback without a token.
+    pub default_tenant: TenantId,
+    /// Static tokens. With any configured, loopback needs one too.
+    #[serde(default)]
+    pub tokens: Vec<Token>,
+}
+
+/// `[[auth.tokens]]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Token {
+    /// The secret itself, or
+    #[serde(default, skip_serializing)]
+    pub token: Option<secrecy::SecretString>,
+    /// the environment variable that holds it.
+    #[serde(default)]
+    pub token_env: String,
+    /// Tenant.
+    pub tenant: TenantId,
+    /// User or device name.
+    pub name: String,
+    /// Whether it is a device.
+    #[serde(default)]
+    pub device: bool,
+    /// The only instance it may touch.
+    #[serde(default)]
+    pub instance: Option<InstanceId>,
+    /// Rights.
+    #[serde(default = "read_write")]
+    pub scopes: Vec<Scope>,
+}
+
+fn read_write() -> Vec<Scope> {
+    vec![Scope::Read, Scope::Write]
+}
+
+/// Form of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// Human on a terminal, JSON otherwise.
+    Auto,
+    /// For people.
+    Human,
+    /// A JSON object a line.
+    Json,
+}
+
+/// `[telemetry]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Telemetry {
+    /// Filter, such as `info` or `sophont=debug,warn`.
+    pub log: String,
+    /// Form.
+    pub log_format: LogFormat,
+}
+
+/// `[faults]`, for tests. A build without the `faults` feature refuses any of them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Faults {
+    /// Acknowledge before the commit: the negative control of the crash test.
+    pub ack_before_commit: bool,
+    /// A turn whose stimulus has this text panics.
+    pub panic_on: String,
+    /// The store reports a full disk while this file exists.
+    pub disk_full_file: Option<PathBuf>,
+    /// Do not recognise repeated stimulus ids.
+    pub dedupe_off: bool,
+}

@@ -1,0 +1,524 @@
+//! The durable truth: what is accepted, decided, remembered and still to be sent.
+//!
+//! Owns: the traits every backend implements and the units of work they commit. Two backends stand here: [`sqlite`]
+//! (one writer, group commit) and [`memory`] (tests and simulation, with faults on demand). PostgreSQL comes as a third.
+//! Not here: what a turn decides (`instance::turn`), caching (`scaling`), delivery (`delivery`).
+//!
+//! Invariants:
+//! - [`Done`] is called exactly once for every submitted unit, and with `Ok` only after the data is durable.
+//! - A unit is applied whole or not at all; units of one instance are applied in the order of submission.
+//! - A repeatable stimulus id that is already known within its instance is refused as [`Rejection::Duplicate`].
+//! - A unit whose [`Fence`] is stale is refused as [`Rejection::Fenced`] and takes no neighbour with it.
+//!
+//! Tests: `tests/it/store_contract.rs` runs one suite over all backends.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use crate::types::{
+    Fault, InstanceId, InstanceKey, Kind, Millis, Profile, StateSnapshot, Stimulus, StimulusId, TenantId, TurnRecord,
+};
+
+pub mod memory;
+pub mod sqlite;
+
+/// What can go wrong in a store.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    /// The commit queue is full.
+    #[error("the commit queue is full")]
+    Overloaded,
+    /// The data folder is full. Nothing was written.
+    #[error("no space left for the store: {0}")]
+    Full(String),
+    /// Another process holds the store.
+    #[error("the store is locked by another process: {0}")]
+    Locked(String),
+    /// The stored bytes are damaged.
+    #[error("the store is damaged: {0}")]
+    Corrupt(String),
+    /// Written by a newer build.
+    #[error("the store has schema {found}, this build knows up to {known}: run a newer build")]
+    NewerSchema {
+        /// Version found.
+        found: u32,
+        /// Newest version this build knows.
+        known: u32,
+    },
+    /// The store is closing or its writer is gone.
+    #[error("the store is closed")]
+    Closed,
+    /// Anything else the backend reports.
+    #[error("the store failed: {0}")]
+    Backend(String),
+}
+
+impl Fault for Error {
+    fn kind(&self) -> Kind {
+        match self {
+            Error::Overloaded => Kind::Overloaded,
+            Error::Full(_) | Error::Locked(_) | Error::Closed | Error::Backend(_) => Kind::Unavailable,
+            Error::Corrupt(_) | Error::NewerSchema { .. } => Kind::Internal,
+        }
+    }
+    fn code(&self) -> &'static str {
+        match self {
+            Error::Overloaded => "OVERLOADED",
+            Error::Full(_) => "STORE_FULL",
+            Error::Locked(_) => "STORE_LOCKED",
+            Error::Corrupt(_) => "STORE_CORRUPT",
+            Error::NewerSchema { .. } => "STORE_NEWER_SCHEMA",
+            Error::Closed | Error::Backend(_) => "STORE_UNAVAILABLE",
+        }
+    }
+    fn hint(&self) -> Option<String> {
+        Some(String::from(match self {
+            Error::Full(_) => "free space in the data folder; nothing was acknowledged that was not stored",
+            Error::Locked(_) => {
+                "stop the other process that uses this data folder, or give this one its own --data-dir"
+            }
+            Error::Corrupt(_) => "stop the node and restore the data folder from a backup",
+            Error::NewerSchema { .. } => "start the build that wrote this data folder, or a newer one",
+            Error::Overloaded | Error::Closed | Error::Backend(_) => "try again after the time in Retry-After",
+        }))
+    }
+}
+
+/// The right under which a unit is written. The single-node backends accept every fence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Fence {
+    /// The shard.
+    pub shard: u32,
+    /// The owner's epoch.
+    pub epoch: u64,
+}
+
+/// One unit of work for one instance, applied whole or not at all.
+#[derive(Debug)]
+pub struct Unit {
+    /// The instance.
+    pub key: InstanceKey,
+    /// The writer's right.
+    pub fence: Fence,
+    /// What to write.
+    pub work: Work,
+    /// Told the end.
+    pub done: Done,
+}
+
+/// What a unit writes.
+#[derive(Debug)]
+pub enum Work {
+    /// The fast path and the end of the slow path: turns in order, numbered from `head.turn + 1` without gaps.
+    ///
+    /// Each turn removes its stimulus from the inbox if it stands there. An instance that has no row yet gets one with no
+    /// profile of its own.
+    Turns {
+        /// The instance's head before these turns, as the last [`Committed`] or [`Loaded`] gave it.
+        head: Head,
+        /// The turns.
+        turns: Vec<Arc<TurnRecord>>,
+    },
+    /// The slow path's first half: the stimulus is accepted and waits.
+    Accept {
+        /// The stimuli, in arrival order.
+        stimuli: Vec<Arc<Stimulus>>,
+    },
+    /// A stimulus could not be decided: it leaves the inbox (if it stands there) for the dead letters.
+    Bury {
+        /// The stimulus.
+        stimulus: Arc<Stimulus>,
+        /// Why.
+        reason: String,
+        /// How often it was tried.
+        tries: u32,
+        /// When it was given up.
+        at: Millis,
+    },
+    /// A dead letter goes back to the inbox with its tries forgotten.
+    Revive {
+        /// Which.
+        stimulus: StimulusId,
+    },
+    /// Creates the instance or replaces its profile.
+    PutProfile {
+        /// The profile.
+        profile: Arc<Profile>,
+        /// Now.
+        at: Millis,
+    },
+    /// Forgets the instance: profile, turns, inbox, dead letters, ids, episodes, reminders. Outgoing effects already decided
+    /// may still be delivered.
+    Forget,
+}
+
+/// Where an instance's history ends. Opaque to everyone but the backend; kept by the instance between commits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Head {
+    /// Number of the last turn, 0 before the first.
+    pub turn: u64,
+    /// Log positions of the last turn and of the last turns whose numbers are multiples of 16, 256 and 4096: a skip list
+    /// (Pugh 1990, made deterministic) through an append-only log. Zero where there is none.
+    pub links: [i64; 4],
+}
+
+/// What a unit achieved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Committed {
+    /// The head after the unit (unchanged by work that adds no turn).
+    pub head: Head,
+    /// Whether [`Work::PutProfile`] created the instance.
+    pub created: bool,
+}
+
+/// Why a unit was not applied though the store works.
+#[derive(Debug, Clone)]
+pub enum Rejection {
+    /// The stimulus at this position of the unit has an id that is known: `known` says what became of it.
+    Duplicate {
+        /// Position among the unit's turns or stimuli.
+        index: usize,
+        /// The earlier one.
+        known: Known,
+    },
+    /// The fence is stale: another node owns the shard.
+    Fenced,
+    /// [`Work::Revive`] names no dead letter.
+    NotFound,
+    /// The store failed; nothing of the unit was written.
+    Failed(Error),
+}
+
+/// What is known of a stimulus id.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Known {
+    /// It waits in the inbox.
+    Waiting(Arc<Stimulus>),
+    /// It was decided.
+    Decided(Arc<TurnRecord>),
+    /// It is a dead letter.
+    Dead(Arc<DeadLetter>),
+}
+
+/// The end of a unit, told once. Runs on the writer's thread: it must be short and must not block.
+pub struct Done(Option<Box<dyn FnOnce(Result<Committed, Rejection>) + Send>>);
+
+impl Done {
+    /// Calls `tell` with the end.
+    pub fn new(tell: impl FnOnce(Result<Committed, Rejection>) + Send + 'static) -> Self {
+        Self(Some(Box::new(tell)))
+    }
+
+    /// A future of the end. Dropping the future loses the news, not the work.
+    pub fn channel() -> (Self, tokio::sync::oneshot::Receiver<Result<Committed, Rejection>>) {
+        let (sender, receiver) = tokio::sync::oneshot::channel();
+        (Self::new(move |end| drop(sender.send(end))), receiver)
+    }
+
+    /// Tells the end.
+    pub fn tell(mut self, end: Result<Committed, Rejection>) {
+        if let Some(tell) = self.0.take() {
+            tell(end);
+        }
+    }
+}
+
+impl Drop for Done {
+    /// A unit that is dropped unwritten has failed.
+    fn drop(&mut self) {
+        if let Some(tell) = self.0.take() {
+            tell(Err(Rejection::Failed(Error::Closed)));
+        }
+    }
+}
+
+impl std::fmt::Debug for Done {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Done")
+    }
+}
+
+/// All that activation needs.
+#[derive(Debug, Clone)]
+pub struct Loaded {
+    /// Whether the instance exists: it has a profile or at least one turn or waiting stimulus.
+    pub exists: bool,
+    /// Its own profile, if it was given one.
+    pub profile: Option<Arc<Profile>>,
+    /// When it was created.
+    pub created_at: Option<Millis>,
+    /// Where its history ends.
+    pub head: Head,
+    /// Its state.
+    pub state: StateSnapshot,
+    /// Turns since the record that holds the whole state.
+    pub turns_since_full: u64,
+    /// Stimuli accepted and not decided, in arrival order.
+    pub inbox: Vec<Arc<Stimulus>>,
+}
+
+/// A stimulus that was given up.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DeadLetter {
+    /// The stimulus.
+    pub stimulus: Stimulus,
+    /// Why.
+    pub reason: String,
+    /// How often it was tried.
+    pub tries: u32,
+    /// When it was given up.
+    pub at: Millis,
+}
+
+/// One line of a listing of instances.
+#[derive(Debug, Clone)]
+pub struct Listed {
+    /// Its id.
+    pub instance: InstanceId,
+    /// Its profile, if it has one of its own.
+    pub profile: Option<Arc<Profile>>,
+    /// When it was created.
+    pub created_at: Millis,
+}
+
+/// An episode found by recall.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Episode {
+    /// Its id within the instance.
+    pub id: u64,
+    /// The turn that recorded it.
+    pub turn: u64,
+    /// What is remembered.
+    pub content: String,
+    /// Structured part.
+    pub data: Option<crate::types::RawJson>,
+    /// Labels.
+    pub tags: Vec<String>,
+    /// How good it was.
+    pub reward: Option<f32>,
+    /// When it happened.
+    pub occurred_at: Millis,
+    /// When it was recorded.
+    pub recorded_at: Millis,
+    /// How well it matches, higher is better.
+    pub score: f64,
+}
+
+/// A turn with something for `delivery`, in commit order.
+#[derive(Debug, Clone)]
+pub struct Outgoing {
+    /// Position in the log; grows, with gaps.
+    pub position: i64,
+    /// Whose turn.
+    pub key: InstanceKey,
+    /// The turn.
+    pub turn: Arc<TurnRecord>,
+}
+
+/// An effect that could not be delivered at once and is tried again later, or a reminder that waits for its time.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pending {
+    /// Whose.
+    pub key: InstanceKey,
+    /// `TURN-INDEX`, unique within the instance.
+    pub effect_id: String,
+    /// What.
+    pub effect: crate::types::Effect,
+    /// Content of the reply the effect refers to, for [`crate::types::EffectKind::Reply`].
+    pub reply: Option<crate::types::Reply>,
+    /// The stimulus the turn decided, for the payload.
+    pub stimulus: StimulusId,
+    /// Tries so far.
+    pub tries: u32,
+    /// When it is due.
+    pub due: Millis,
+}
+
+/// What `delivery` writes. One submission is applied whole.
+#[derive(Debug, Clone)]
+pub enum Shipping {
+    /// All effects up to this log position are delivered or pending.
+    Shipped {
+        /// The position.
+        position: i64,
+    },
+    /// Keep for later; replaces one with the same key and effect id.
+    Postpone(Box<Pending>),
+    /// Delivered or given up.
+    Settle {
+        /// Whose.
+        key: InstanceKey,
+        /// Which.
+        effect_id: String,
+    },
+}
+
+/// A write to the MQTT tables. `record`s are opaque, versioned bytes of the MQTT door. All keys begin with tenant.
+#[derive(Debug, Clone)]
+pub enum MqttWrite {
+    /// Creates or replaces a session.
+    PutSession {
+        /// Tenant.
+        tenant: TenantId,
+        /// MQTT client id.
+        client: String,
+        /// The session: subscriptions, expiry, will, connection count.
+        record: Bytes,
+    },
+    /// Removes a session and its queue.
+    DropSession {
+        /// Tenant.
+        tenant: TenantId,
+        /// MQTT client id.
+        client: String,
+    },
+    /// Appends a message to a session's queue.
+    Enqueue {
+        /// Tenant.
+        tenant: TenantId,
+        /// MQTT client id.
+        client: String,
+        /// Order within the session, chosen by the door, growing.
+        order: i64,
+        /// The message.
+        record: Bytes,
+    },
+    /// Removes an acknowledged message from a session's queue.
+    Dequeue {
+        /// Tenant.
+        tenant: TenantId,
+        /// MQTT client id.
+        client: String,
+        /// Which.
+        order: i64,
+    },
+    /// Sets a retained value; an empty record clears it.
+    Retain {
+        /// Tenant.
+        tenant: TenantId,
+        /// Topic.
+        topic: String,
+        /// The message, empty to clear.
+        record: Bytes,
+    },
+}
+
+/// A stored MQTT row, as read at start.
+#[derive(Debug, Clone)]
+pub enum MqttRow {
+    /// A session.
+    Session {
+        /// Tenant.
+        tenant: TenantId,
+        /// Client id.
+        client: String,
+        /// Its record.
+        record: Bytes,
+    },
+    /// A queued message, in order within its session.
+    Queued {
+        /// Tenant.
+        tenant: TenantId,
+        /// Client id.
+        client: String,
+        /// Order.
+        order: i64,
+        /// Its record.
+        record: Bytes,
+    },
+    /// A retained value.
+    Retained {
+        /// Tenant.
+        tenant: TenantId,
+        /// Topic.
+        topic: String,
+        /// Its record.
+        record: Bytes,
+    },
+}
+
+/// Figures of a store, for health and metrics.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Units waiting for the writer.
+    pub queue: usize,
+    /// Stimuli in all inboxes.
+    pub inbox: u64,
+    /// Dead letters.
+    pub dead: u64,
+    /// Effects and reminders pending.
+    pub pending: u64,
+    /// Bytes on disk.
+    pub bytes: u64,
+}
+
+/// Writes. All return at once; the end is told through [`Done`].
+pub trait Writer: Send + Sync + 'static {
+    /// Queues a unit. Units of one instance must come from one place, in order.
+    ///
+    /// A queue that is full answers through `done` with [`Error::Overloaded`], before this returns.
+    fn submit(&self, unit: Unit);
+    /// Queues writes of `delivery`; they share the turns' group commit.
+    fn ship(&self, writes: Vec<Shipping>, done: Done);
+    /// Queues writes of the MQTT door; they share the turns' group commit.
+    fn mqtt(&self, writes: Vec<MqttWrite>, done: Done);
+}
+
+/// Reads. They see everything whose `Done` was told. Cancel safe: dropping a future abandons the read.
+#[async_trait]
+pub trait Reader: Send + Sync + 'static {
+    /// What activation needs; `exists` is false for an instance nobody has heard of.
+    async fn load(&self, key: &InstanceKey) -> Result<Loaded, Error>;
+    /// The committed state, without the inbox.
+    async fn state(&self, key: &InstanceKey) -> Result<Option<StateSnapshot>, Error>;
+    /// Turns with numbers above `after`, oldest first, at most `limit`.
+    async fn turns(&self, key: &InstanceKey, after: u64, limit: usize) -> Result<Vec<Arc<TurnRecord>>, Error>;
+    /// What is known of a stimulus id: waiting, dead, or decided. An id that its sender chose is found within the
+    /// deduplication window by index; a generated one by its time through the log.
+    async fn find(&self, key: &InstanceKey, stimulus: &StimulusId) -> Result<Option<Known>, Error>;
+    /// The newest decided repeatable stimulus of the instance whose id begins with `prefix`, within the deduplication window.
+    async fn find_prefix(&self, key: &InstanceKey, prefix: &str) -> Result<Option<Known>, Error>;
+    /// Instances of the tenant that know this repeatable stimulus id (decided, waiting or dead), at most 10.
+    async fn locate(&self, tenant: &TenantId, stimulus: &StimulusId) -> Result<Vec<InstanceId>, Error>;
+    /// Instances of a tenant in id order after `after`, at most `limit`, only those whose profile carries the label if given.
+    async fn list(
+        &self,
+        tenant: &TenantId,
+        label: Option<(&str, &str)>,
+        after: Option<&InstanceId>,
+        limit: usize,
+    ) -> Result<Vec<Listed>, Error>;
+    /// Instances with stimuli waiting, each once, in key order after `after`, at most `limit`: the scan behind every wake.
+    async fn waiting(&self, after: Option<&InstanceKey>, limit: usize) -> Result<Vec<InstanceKey>, Error>;
+    /// Dead letters of an instance in the order they were given up, after the named one.
+    async fn dead_letters(
+        &self,
+        key: &InstanceKey,
+        after: Option<&StimulusId>,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>, Error>;
+    /// Episodes of the instance that match the query's words, best first (BM25). Sees every committed turn.
+    async fn recall(&self, key: &InstanceKey, query: &str, limit: usize) -> Result<Vec<Episode>, Error>;
+    /// Turns with effects after a log position, in order, at most `limit`.
+    async fn outgoing(&self, after: i64, limit: usize) -> Result<Vec<Outgoing>, Error>;
+    /// The last position told by [`Shipping::Shipped`], 0 at first.
+    async fn shipped(&self) -> Result<i64, Error>;
+    /// Pending effects and reminders due at or before `now`, soonest first.
+    async fn due(&self, now: Millis, limit: usize) -> Result<Vec<Pending>, Error>;
+    /// All rows of the MQTT tables: sessions, then queued messages in order, then retained values. For the door's start.
+    async fn mqtt_rows(&self) -> Result<Vec<MqttRow>, Error>;
+    /// Figures.
+    async fn stats(&self) -> Result<Stats, Error>;
+    /// Whether a write and a read succeed at present, within the deadline. For the readiness check.
+    async fn probe(&self, deadline: Duration) -> Result<(), Error>;
+}
+
+/// A backend, shared by the whole node.
+pub trait Store: Writer + Reader {
+    /// Woken after each commit that carries turns with effects. A hint: `delivery` also looks periodically.
+    fn outgoing_hint(&self) -> Arc<tokio::sync::Notify>;
+    /// Commits what is queued, checkpoints and closes; later submissions fail with [`Error::Closed`].
+    fn close(&self);
+}

@@ -1,0 +1,3 @@
+//! Every metric name on one page, tracing, health.
+
+pub mod metric;

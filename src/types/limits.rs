@@ -1,0 +1,32 @@
+//! Every fixed limit on one page. What an operator may tune is in the configuration; these are the walls behind it.
+
+/// Longest id, in bytes (ids are ASCII).
+pub const MAX_ID_BYTES: usize = 128;
+/// Longest channel, in bytes.
+pub const MAX_CHANNEL_BYTES: usize = 512;
+/// Deepest JSON nesting taken from outside. serde_json itself stops at 128.
+pub const MAX_JSON_DEPTH: usize = 64;
+/// Most rules in one profile.
+pub const MAX_RULES: usize = 256;
+/// Most actions of one rule.
+pub const MAX_ACTIONS_PER_RULE: usize = 32;
+/// Longest `when` expression, in bytes.
+pub const MAX_EXPRESSION_BYTES: usize = 4096;
+/// Most effects one turn may decide.
+pub const MAX_EFFECTS_PER_TURN: usize = 64;
+/// Largest state document (desired and reported together), in bytes of JSON.
+pub const MAX_STATE_BYTES: usize = 256 * 1024;
+/// Largest profile, in bytes of JSON.
+pub const MAX_PROFILE_BYTES: usize = 256 * 1024;
+/// Most turns an instance decides before one commit carries them.
+pub const MAX_TURNS_PER_COMMIT: usize = 32;
+/// A full state is written into the turn record at least every so many turns; activation reads no more records than this.
+pub const TURNS_PER_FULL_STATE: u64 = 16;
+/// Most items of one listing.
+pub const MAX_PAGE: usize = 1000;
+/// Items of one listing when the caller does not say.
+pub const DEFAULT_PAGE: usize = 100;
+/// Tries of a stimulus whose turn panics or fails for good before it goes to the dead letters.
+pub const MAX_TRIES: u32 = 3;
+/// For how long a stimulus id is remembered at least, in milliseconds (24 h).
+pub const DEDUPE_WINDOW_MS: i64 = 24 * 60 * 60 * 1000;

@@ -1,0 +1,26 @@
+//! The words of the domain: identities, stimuli, turns, profiles, the twin's state, error kinds and limits.
+//!
+//! Not here: anything that acts. Types decide nothing beyond their own validity, know no clock and do no IO.
+//! Invariants: an identifier that exists is valid; a stored format carries its version (see [`turn`]).
+//! Tests: at the foot of each file; stored formats have golden files under `tests/golden`.
+
+pub mod auth;
+pub mod error;
+pub mod id;
+pub mod json;
+pub mod limits;
+pub mod profile;
+pub mod state;
+pub mod stimulus;
+pub mod time;
+pub mod turn;
+
+pub use auth::{AuthContext, Principal, Scope};
+pub use error::{Fault, Kind};
+pub use id::{Channel, InstanceId, InstanceKey, StimulusId, TenantId};
+pub use json::RawJson;
+pub use profile::{Profile, RuleSpec};
+pub use state::{StateDoc, StateSnapshot};
+pub use stimulus::{Priority, ReplyTo, Source, Stimulus};
+pub use time::Millis;
+pub use turn::{Effect, EffectKind, EpisodeDraft, Outcome, Reply, StateChange, TurnRecord, Usage};

@@ -1,0 +1,97 @@
+//! An instance's profile: what it is told to be, set with `PUT /v1/instances/{id}`.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// The profile as stored and as it stands in the API. Unknown fields are refused.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Profile {
+    /// Who the instance is, in prose; the model's system message.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub persona: Option<String>,
+    /// What decides when no rule does: `reflex`, `llm` or `scripted`. The node's `cognition.default_engine` when absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub engine: Option<EngineName>,
+    /// The model, `PROVIDER/MODEL` or a provider's name, for the `llm` engine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// Rules, tried in order.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub reflexes: Vec<RuleSpec>,
+    /// Settings of attention.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub attention: Option<Value>,
+    /// Settings of the scripted engine: `{"reply": "…", "delay_ms": 0}`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub script: Option<Value>,
+    /// Limits of this instance.
+    #[serde(skip_serializing_if = "Limits::is_empty")]
+    pub limits: Limits,
+    /// Free labels to list by.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// The engines built in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineName {
+    /// Rules, and an extractive answer from memory where none matches.
+    Reflex,
+    /// A language model behind an OpenAI-compatible endpoint.
+    Llm,
+    /// A fixed answer after a fixed delay, for tests and load.
+    Scripted,
+}
+
+impl EngineName {
+    /// As it stands in the API and in turns.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            EngineName::Reflex => "reflex",
+            EngineName::Llm => "llm",
+            EngineName::Scripted => "scripted",
+        }
+    }
+}
+
+/// Limits of one instance; absent ones are the node's.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Most stimuli waiting.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_inbox: Option<u32>,
+    /// Longest thinking for one turn, in seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub think_seconds: Option<u32>,
+}
+
+impl Limits {
+    fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// One reflex: a condition in CEL, what to do, and whether later rules are still tried.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RuleSpec {
+    /// CEL over `stimulus`, `state`, `instance` and `now`; must yield a boolean.
+    pub when: String,
+    /// Actions in order; checked when the profile is stored.
+    #[serde(rename = "do", default)]
+    #[schema(value_type = Vec<Object>)]
+    pub actions: Vec<Value>,
+    /// How much attention a matching stimulus deserves, 0 to 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub salience: Option<f32>,
+    /// Whether to stop at this rule when it matches.
+    #[serde(default)]
+    pub stop: bool,
+}

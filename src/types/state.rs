@@ -1,0 +1,145 @@
+//! The twin: desired and reported state, merge patches over them, and the delta between.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::RawJson;
+
+/// Desired and reported state, parsed.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StateDoc {
+    /// What the world should be like.
+    #[serde(default)]
+    pub desired: Map<String, Value>,
+    /// What the device says it is like.
+    #[serde(default)]
+    pub reported: Map<String, Value>,
+}
+
+/// A committed state, serialized once and shared by every reader.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StateSnapshot {
+    /// Grows by one with each change.
+    pub version: u64,
+    /// The number of the instance's last turn.
+    pub turn: u64,
+    /// `{"desired":…,"reported":…}`.
+    pub doc: RawJson,
+}
+
+/// Why a patch cannot be applied.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PatchError {
+    /// A key other than `desired` and `reported` at the top.
+    #[error("the state has 'desired' and 'reported', not '{0}'")]
+    UnknownPart(String),
+    /// The patch or one of its parts is no object.
+    #[error("'{0}' must be a JSON object")]
+    NotAnObject(String),
+}
+
+/// Applies an RFC 7396 merge patch.
+pub fn merge_patch(target: &mut Map<String, Value>, patch: &Map<String, Value>) {
+    for (name, change) in patch {
+        match change {
+            Value::Null => {
+                target.remove(name);
+            }
+            Value::Object(change) => {
+                let slot = target.entry(name.clone()).or_insert_with(|| Value::Object(Map::new()));
+                if !slot.is_object() {
+                    *slot = Value::Object(Map::new());
+                }
+                if let Value::Object(slot) = slot {
+                    merge_patch(slot, change);
+                }
+            }
+            other => {
+                target.insert(name.clone(), other.clone());
+            }
+        }
+    }
+}
+
+/// What of `desired` is not so in `reported`: the same shape, only the differing leaves.
+pub fn delta(desired: &Map<String, Value>, reported: &Map<String, Value>) -> Map<String, Value> {
+    let mut out = Map::new();
+    for (name, wanted) in desired {
+        match (wanted, reported.get(name)) {
+            (wanted, Some(actual)) if wanted == actual => {}
+            (Value::Object(wanted), Some(Value::Object(actual))) => {
+                let inner = delta(wanted, actual);
+                if !inner.is_empty() {
+                    out.insert(name.clone(), Value::Object(inner));
+                }
+            }
+            (wanted, _) => {
+                out.insert(name.clone(), wanted.clone());
+            }
+        }
+    }
+    out
+}
+
+impl StateDoc {
+    /// Applies a merge patch of the form `{"desired":{…},"reported":{…}}`; nothing is changed when it is refused.
+    ///
+    /// # Errors
+    /// [`PatchError`] when the patch has another part, or a part is no object.
+    pub fn apply(&mut self, patch: &Value) -> Result<(), PatchError> {
+        let Value::Object(parts) = patch else {
+            return Err(PatchError::NotAnObject(String::from("the patch")));
+        };
+        for (name, part) in parts {
+            if name != "desired" && name != "reported" {
+                return Err(PatchError::UnknownPart(name.clone()));
+            }
+            if !part.is_object() && !part.is_null() {
+                return Err(PatchError::NotAnObject(name.clone()));
+            }
+        }
+        for (name, part) in parts {
+            let target = if name == "desired" { &mut self.desired } else { &mut self.reported };
+            match part {
+                Value::Object(part) => merge_patch(target, part),
+                _ => target.clear(),
+            }
+        }
+        Ok(())
+    }
+
+    /// What still differs.
+    pub fn delta(&self) -> Map<String, Value> {
+        delta(&self.desired, &self.reported)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_patch_merges_removes_and_refuses() {
+        let mut doc = StateDoc::default();
+        doc.apply(&json!({"desired": {"a": {"b": 1, "c": 2}}, "reported": {"x": 1}})).unwrap();
+        doc.apply(&json!({"desired": {"a": {"b": null}}})).unwrap();
+        assert_eq!(Value::Object(doc.desired.clone()), json!({"a": {"c": 2}}));
+        let before = doc.clone();
+        assert_eq!(doc.apply(&json!({"wanted": {}})), Err(PatchError::UnknownPart("wanted".into())));
+        assert_eq!(doc.apply(&json!({"desired": 3})), Err(PatchError::NotAnObject("desired".into())));
+        assert_eq!(doc, before);
+    }
+
+    #[test]
+    fn the_delta_has_only_what_differs() {
+        let mut doc = StateDoc::default();
+        doc.apply(&json!({"desired": {"on": true, "color": {"r": 1, "g": 2}, "same": [1]},
+                          "reported": {"on": false, "color": {"r": 1, "g": 9}, "same": [1], "extra": 5}}))
+            .unwrap();
+        assert_eq!(Value::Object(doc.delta()), json!({"on": true, "color": {"g": 2}}));
+    }
+}
