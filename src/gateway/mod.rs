@@ -3,5 +3,6 @@
 //! Owns: wire types, admission, authentication, and the one place where error kinds become HTTP problems and MQTT reasons.
 //! Not here: anything about how an instance decides.
 
+pub mod auth;
 pub mod http;
 pub mod mqtt;
