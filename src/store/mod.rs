@@ -202,8 +202,10 @@ pub enum Known {
     Dead(Arc<DeadLetter>),
 }
 
+type Tell = Box<dyn FnOnce(Result<Committed, Rejection>) + Send>;
+
 /// The end of a unit, told once. Runs on the writer's thread: it must be short and must not block.
-pub struct Done(Option<Box<dyn FnOnce(Result<Committed, Rejection>) + Send>>);
+pub struct Done(Option<Tell>);
 
 impl Done {
     /// Calls `tell` with the end.
