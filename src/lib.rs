@@ -4,7 +4,7 @@
 //!
 //! | row | modules |
 //! |---|---|
-//! | 9 | `cli`, [`node`] |
+//! | 9 | [`cli`], [`node`] |
 //! | 8 | [`gateway`] |
 //! | 7 | [`cluster`] |
 //! | 6 | [`instance`], [`delivery`] |
@@ -17,6 +17,7 @@
 //!
 //! Read `docs/ARCHITECTURE.md` first, then `instance/turn.rs`, then `store/mod.rs`.
 
+pub mod cli;
 pub mod cluster;
 pub mod cognition;
 pub mod config;
