@@ -1,5 +1,8 @@
 //! The twin: desired and reported state, merge patches over them, and the delta between.
 
+use std::sync::OnceLock;
+
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -18,7 +21,7 @@ pub struct StateDoc {
 }
 
 /// A committed state, serialized once and shared by every reader.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct StateSnapshot {
     /// Grows by one with each change.
     pub version: u64,
@@ -26,7 +29,29 @@ pub struct StateSnapshot {
     pub turn: u64,
     /// `{"desired":…,"reported":…}`.
     pub doc: RawJson,
+    /// What a door sends for it; no part of the value.
+    body: OnceLock<Bytes>,
 }
+
+impl StateSnapshot {
+    /// Puts the parts together.
+    pub fn new(version: u64, turn: u64, doc: RawJson) -> Self {
+        Self { version, turn, doc, body: OnceLock::new() }
+    }
+
+    /// The body a door sends for this state: rendered by whoever asks first, then shared by all readers.
+    pub fn body(&self, render: impl FnOnce(&Self) -> Bytes) -> Bytes {
+        self.body.get_or_init(|| render(self)).clone()
+    }
+}
+
+impl PartialEq for StateSnapshot {
+    fn eq(&self, other: &Self) -> bool {
+        (self.version, self.turn, &self.doc) == (other.version, other.turn, &other.doc)
+    }
+}
+
+impl Eq for StateSnapshot {}
 
 /// Why a patch cannot be applied.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -132,6 +157,15 @@ mod tests {
         assert_eq!(doc.apply(&json!({"wanted": {}})), Err(PatchError::UnknownPart("wanted".into())));
         assert_eq!(doc.apply(&json!({"desired": 3})), Err(PatchError::NotAnObject("desired".into())));
         assert_eq!(doc, before);
+    }
+
+    #[test]
+    fn a_body_is_rendered_once_and_is_no_part_of_the_value() {
+        let fresh = StateSnapshot::new(1, 2, RawJson::of(&json!({"desired": {}, "reported": {}})));
+        let read = fresh.clone();
+        assert_eq!(read.body(|_| Bytes::from_static(b"first")), "first");
+        assert_eq!(read.body(|_| Bytes::from_static(b"second")), "first");
+        assert_eq!(read, fresh);
     }
 
     #[test]
