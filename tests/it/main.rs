@@ -1,1 +1,9 @@
-//! Integration tests: one binary, one file per capability, real servers on free ports.
+//! Integration tests: one binary, one file per capability, real servers and clients on free ports.
+//!
+//! Not here: pure parts, which are tested at the foot of their own files. `docs/testing.md` says how to run one test and
+//! what a missing server or tool means.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod support;
+
+mod support_works;
