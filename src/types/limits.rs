@@ -30,3 +30,13 @@ pub const DEFAULT_PAGE: usize = 100;
 pub const MAX_TRIES: u32 = 3;
 /// For how long a stimulus id is remembered at least, in milliseconds (24 h).
 pub const DEDUPE_WINDOW_MS: i64 = 24 * 60 * 60 * 1000;
+/// Longest MQTT topic name or filter, in bytes.
+pub const MAX_TOPIC_BYTES: usize = 1024;
+/// Most levels of an MQTT topic name or filter.
+pub const MAX_TOPIC_LEVELS: usize = 300;
+/// Longest MQTT client id, in bytes.
+pub const MAX_CLIENT_ID_BYTES: usize = 256;
+/// Most subscriptions of one MQTT session.
+pub const MAX_SUBSCRIPTIONS: usize = 1000;
+/// Most retained MQTT values of one tenant.
+pub const MAX_RETAINED: usize = 1_000_000;
