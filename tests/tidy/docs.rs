@@ -1,0 +1,123 @@
+//! Documents in step with the code: every setting explained, every decision listed, every migration in every dialect.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::{File, assert_complaint, assert_tidy, read};
+
+/// Settings of the default configuration that the document does not name. A key counts as named when the section's text
+/// (from a heading with `[section]` to the next heading) has it in backticks.
+pub fn undocumented_keys(defaults: &str, document: &str) -> Vec<String> {
+    let table: toml::Table = toml::from_str(defaults).expect("config/default.toml is TOML");
+    let sections = headed(document);
+    let mut complaints = Vec::new();
+    for (section, value) in &table {
+        let toml::Value::Table(keys) = value else {
+            complaints.push(format!("config/default.toml: `{section}` stands outside a section: put it into one"));
+            continue;
+        };
+        let heading = format!("[{section}]");
+        let text: String =
+            sections.iter().filter(|(head, _)| head.contains(&heading)).map(|(_, text)| &**text).collect();
+        for key in keys.keys().filter(|key| !text.contains(&format!("`{key}`"))) {
+            complaints.push(format!(
+                "docs/configuration.md: explain `{key}` under a heading with {heading}: values, unit, default, effect"
+            ));
+        }
+    }
+    complaints
+}
+
+/// Headings of a Markdown text and what stands below each, up to the next.
+fn headed(document: &str) -> Vec<(String, String)> {
+    let mut sections = vec![(String::new(), String::new())];
+    for line in document.lines() {
+        if line.starts_with('#') {
+            sections.push((line.into(), String::new()));
+        } else if let Some((_, text)) = sections.last_mut() {
+            text.push_str(line);
+            text.push('\n');
+        }
+    }
+    sections
+}
+
+/// Decisions that the index does not link, and links of the index that lead nowhere.
+pub fn index_gaps(index: &str, records: &[&str]) -> Vec<String> {
+    let linked: BTreeSet<&str> = index
+        .split("](")
+        .skip(1)
+        .filter_map(|rest| rest.split(')').next())
+        .filter(|link| link.starts_with(|c: char| c.is_ascii_digit()))
+        .collect();
+    let there: BTreeSet<&str> = records.iter().copied().collect();
+    let missing = there.difference(&linked).map(|name| format!("docs/adr/README.md: list {name}"));
+    let dangling =
+        linked.difference(&there).map(|name| format!("docs/adr/README.md: {name} is not there: mend the link"));
+    missing.chain(dangling).collect()
+}
+
+/// Migrations that not every dialect has under the same number and name, or whose numbers have gaps or repeat.
+pub fn uneven_migrations(paths: &[&str]) -> Vec<String> {
+    let mut dialects: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for path in paths {
+        if let Some((dialect, name)) = path.strip_prefix("migrations/").and_then(|rest| rest.split_once('/')) {
+            dialects.entry(dialect).or_default().push(name);
+        }
+    }
+    let all: BTreeSet<&str> = dialects.values().flatten().copied().collect();
+    let mut complaints = Vec::new();
+    for (dialect, names) in &dialects {
+        for name in all.iter().filter(|name| !names.contains(name)) {
+            complaints
+                .push(format!("migrations/{dialect}: {name} is missing: every dialect has the same numbers and names"));
+        }
+        let mut numbers: Vec<Option<u32>> = names.iter().map(|name| number(name)).collect();
+        numbers.sort_unstable();
+        if numbers.iter().enumerate().any(|(at, own)| *own != u32::try_from(at + 1).ok()) {
+            complaints
+                .push(format!("migrations/{dialect}: name them V1__…, V2__…, without gap or repeat; found {names:?}"));
+        }
+    }
+    complaints
+}
+
+fn number(name: &str) -> Option<u32> {
+    name.strip_prefix('V')?.split("__").next()?.parse().ok()
+}
+
+#[test]
+fn every_decision_is_in_the_index() {
+    let all = read(&["docs/adr"], ".md");
+    let name = |file: &File| file.path.rsplit('/').next().unwrap_or_default().to_string();
+    let records: Vec<String> =
+        all.iter().map(name).filter(|name| name.starts_with(|c: char| c.is_ascii_digit())).collect();
+    let records: Vec<&str> = records.iter().map(String::as_str).collect();
+    let index = all.iter().find(|file| file.path == "docs/adr/README.md").map_or("", |file| &file.text);
+    assert_tidy(&index_gaps(index, &records));
+}
+
+#[test]
+fn every_dialect_has_the_same_migrations() {
+    let all = read(&["migrations"], ".sql");
+    assert_tidy(&uneven_migrations(&all.iter().map(|file| &*file.path).collect::<Vec<_>>()));
+}
+
+#[test]
+fn each_rule_bites() {
+    let defaults = "[http]\nlisten = \"x\"\nworkers = 0\n[mqtt]\nlisten = \"y\"\n";
+    let document = "# Settings\n## `[http]`\n`listen` is where.\n`workers` are threads.\n## `[mqtt]`\nnothing";
+    assert_complaint(&undocumented_keys(defaults, document), &["`listen`", "[mqtt]"]);
+    assert_tidy(&undocumented_keys(defaults, &format!("{document} but `listen`")));
+    assert_complaint(&undocumented_keys("stray = 1", document), &["`stray`"]);
+
+    assert_complaint(&index_gaps("", &["0001-house.md"]), &["list 0001-house.md"]);
+    assert_complaint(&index_gaps("[x](0001-house.md)", &[]), &["0001-house.md is not there"]);
+    assert_tidy(&index_gaps("- [1](0001-house.md)\n- [gaps](gaps.md)", &["0001-house.md"]));
+
+    let sqlite = ["migrations/sqlite/V1__a.sql", "migrations/sqlite/V2__b.sql"];
+    assert_tidy(&uneven_migrations(&sqlite));
+    assert_complaint(&uneven_migrations(&["migrations/sqlite/V2__b.sql"]), &["without gap"]);
+    assert_complaint(&uneven_migrations(&["migrations/sqlite/V1__a.sql", "migrations/sqlite/V1__b.sql"]), &["repeat"]);
+    let both = [sqlite[0], sqlite[1], "migrations/postgres/V1__a.sql"];
+    assert_complaint(&uneven_migrations(&both), &["migrations/postgres", "V2__b.sql"]);
+}
