@@ -1,13 +1,26 @@
 //! Settings: one struct per section, defaults from `config/default.toml`, then file, environment, flags.
 //!
-//! Not here: validation of things only their owner understands (rules, topics).
-//! Tests: at the foot; `tests/it/config.rs` drives the binary.
+//! Owns: the structs (here), layers and decoding ([`load`]), ranges and settings that need each other (`check.rs`), the
+//! printed form (`print.rs`), what is wrong and where (`error.rs`).
+//! Not here: validation of things only their owner understands (rules, topics, log filters).
+//! A new key: a field here, a line with its comment in `config/default.toml`, a range in `check.rs`.
+//! Tests: at the foot of each file; `tests/it/config.rs` drives the binary.
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::types::{InstanceId, Scope, TenantId, profile::EngineName};
+
+mod check;
+pub mod env;
+mod error;
+mod load;
+mod print;
+mod tree;
+
+pub use error::{Error, Origin, Problem};
+pub use load::{DEFAULT_TOML, Loaded, Sources, USUAL_FILE, load};
 
 /// Everything.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -290,7 +303,7 @@ pub struct Auth {
 #[serde(deny_unknown_fields)]
 pub struct Token {
     /// The secret itself, or
-    #[serde(default, skip_serializing)]
+    #[serde(default, serialize_with = "print::hide", skip_serializing_if = "Option::is_none")]
     pub token: Option<secrecy::SecretString>,
     /// the environment variable that holds it.
     #[serde(default)]
