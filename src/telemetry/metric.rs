@@ -1,56 +1,143 @@
-//! Every metric's name: `sophont_<module>_<what>_<unit>[_total]`. Labels come from closed sets, never an instance id.
+//! Every metric's name on one page: `sophont_<module>_<what>_<unit>[_total]`. Labels come from closed sets, never an
+//! instance id.
+//!
+//! A new metric is one entry of the table: its text becomes the doc comment and Prometheus' help. Histograms get their
+//! buckets by suffix (`prometheus.rs`).
 
-/// HTTP requests, by route, method and status class.
-pub const HTTP_REQUESTS: &str = "sophont_http_requests_total";
-/// HTTP latency in seconds, by route.
-pub const HTTP_SECONDS: &str = "sophont_http_request_seconds";
-/// Turns, by outcome and engine.
-pub const TURNS: &str = "sophont_instance_turns_total";
-/// Time from arrival at the instance to commit in seconds, by path (`fast`, `slow`).
-pub const TURN_SECONDS: &str = "sophont_instance_turn_seconds";
-/// Stimuli recognised as repeats.
-pub const REPEATS: &str = "sophont_instance_repeats_total";
-/// Stimuli given up.
-pub const DEAD_LETTERS: &str = "sophont_instance_dead_letters_total";
-/// Panics caught in turns.
-pub const PANICS: &str = "sophont_instance_panics_total";
-/// Instances in memory.
-pub const ACTIVE: &str = "sophont_instance_active";
-/// Activations.
-pub const ACTIVATIONS: &str = "sophont_instance_activations_total";
-/// Passivations.
-pub const PASSIVATIONS: &str = "sophont_instance_passivations_total";
-/// Units in one group commit.
-pub const COMMIT_BATCH: &str = "sophont_store_commit_batch_units";
-/// Time of one group commit in seconds, fsync included.
-pub const COMMIT_SECONDS: &str = "sophont_store_commit_seconds";
-/// Units waiting for the writer.
-pub const COMMIT_QUEUE: &str = "sophont_store_commit_queue_units";
-/// Stimuli in all inboxes.
-pub const INBOX_DEPTH: &str = "sophont_store_inbox_stimuli";
-/// Effects and reminders pending.
-pub const OUTBOX_DEPTH: &str = "sophont_store_pending_effects";
-/// Units refused because their epoch was stale.
-pub const FENCED: &str = "sophont_store_fenced_total";
-/// Effects delivered, by kind.
-pub const DELIVERED: &str = "sophont_delivery_effects_total";
-/// Failed attempts, by kind.
-pub const DELIVERY_FAILURES: &str = "sophont_delivery_failures_total";
-/// Model calls, by provider and result.
-pub const MODEL_CALLS: &str = "sophont_cognition_model_calls_total";
-/// Model call time in seconds, by provider.
-pub const MODEL_SECONDS: &str = "sophont_cognition_model_seconds";
-/// Tokens, by provider and direction (`input`, `output`).
-pub const MODEL_TOKENS: &str = "sophont_cognition_model_tokens_total";
-/// Calls waiting for a provider.
-pub const MODEL_QUEUE: &str = "sophont_cognition_model_queue_calls";
-/// MQTT connections.
-pub const MQTT_CONNECTIONS: &str = "sophont_mqtt_connections";
-/// MQTT messages, by direction (`in`, `out`).
-pub const MQTT_MESSAGES: &str = "sophont_mqtt_messages_total";
-/// MQTT acknowledgements of publishes, by reason.
-pub const MQTT_ACKS: &str = "sophont_mqtt_acks_total";
-/// MQTT messages dropped, by reason.
-pub const MQTT_DROPPED: &str = "sophont_mqtt_dropped_total";
-/// Read cache, by tier and result (`hit`, `miss`).
-pub const CACHE_READS: &str = "sophont_cache_reads_total";
+/// What a metric does over time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Form {
+    /// Only grows.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// A distribution.
+    Histogram,
+}
+
+/// One metric as it is described to Prometheus.
+#[derive(Debug, Clone, Copy)]
+pub struct Metric {
+    /// Its name.
+    pub name: &'static str,
+    /// What it does over time.
+    pub form: Form,
+    /// What it means.
+    pub help: &'static str,
+}
+
+macro_rules! metrics {
+    ($(#[doc = $help:literal] $name:ident = $form:ident $text:literal;)*) => {
+        $(#[doc = $help] pub const $name: &str = $text;)*
+
+        /// All of them.
+        pub const ALL: &[Metric] =
+            &[$(Metric { name: $text, form: Form::$form, help: $help.trim_ascii() }),*];
+    };
+}
+
+metrics! {
+    /// HTTP requests, by route, method and status class.
+    HTTP_REQUESTS = Counter "sophont_http_requests_total";
+    /// HTTP latency in seconds, by route.
+    HTTP_SECONDS = Histogram "sophont_http_request_seconds";
+    /// Turns, by outcome and engine.
+    TURNS = Counter "sophont_instance_turns_total";
+    /// Time from arrival at the instance to commit in seconds, by path (`fast`, `slow`).
+    TURN_SECONDS = Histogram "sophont_instance_turn_seconds";
+    /// Stimuli recognised as repeats.
+    REPEATS = Counter "sophont_instance_repeats_total";
+    /// Stimuli given up.
+    DEAD_LETTERS = Counter "sophont_instance_dead_letters_total";
+    /// Panics caught in turns.
+    PANICS = Counter "sophont_instance_panics_total";
+    /// Instances in memory.
+    ACTIVE = Gauge "sophont_instance_active";
+    /// Activations.
+    ACTIVATIONS = Counter "sophont_instance_activations_total";
+    /// Passivations.
+    PASSIVATIONS = Counter "sophont_instance_passivations_total";
+    /// Units in one group commit.
+    COMMIT_BATCH = Histogram "sophont_store_commit_batch_units";
+    /// Time of one group commit in seconds, fsync included.
+    COMMIT_SECONDS = Histogram "sophont_store_commit_seconds";
+    /// Units waiting for the writer.
+    COMMIT_QUEUE = Gauge "sophont_store_commit_queue_units";
+    /// Stimuli in all inboxes.
+    INBOX_DEPTH = Gauge "sophont_store_inbox_stimuli";
+    /// Effects and reminders pending.
+    OUTBOX_DEPTH = Gauge "sophont_store_pending_effects";
+    /// Units refused because their epoch was stale.
+    FENCED = Counter "sophont_store_fenced_total";
+    /// Effects delivered, by kind.
+    DELIVERED = Counter "sophont_delivery_effects_total";
+    /// Failed attempts, by kind.
+    DELIVERY_FAILURES = Counter "sophont_delivery_failures_total";
+    /// Model calls, by provider and result.
+    MODEL_CALLS = Counter "sophont_cognition_model_calls_total";
+    /// Model call time in seconds, by provider.
+    MODEL_SECONDS = Histogram "sophont_cognition_model_seconds";
+    /// Tokens, by provider and direction (`input`, `output`).
+    MODEL_TOKENS = Counter "sophont_cognition_model_tokens_total";
+    /// Calls waiting for a provider.
+    MODEL_QUEUE = Gauge "sophont_cognition_model_queue_calls";
+    /// MQTT connections.
+    MQTT_CONNECTIONS = Gauge "sophont_mqtt_connections";
+    /// MQTT messages, by direction (`in`, `out`).
+    MQTT_MESSAGES = Counter "sophont_mqtt_messages_total";
+    /// MQTT acknowledgements of publishes, by reason.
+    MQTT_ACKS = Counter "sophont_mqtt_acks_total";
+    /// MQTT messages dropped, by reason.
+    MQTT_DROPPED = Counter "sophont_mqtt_dropped_total";
+    /// Read cache, by tier and result (`hit`, `miss`).
+    CACHE_READS = Counter "sophont_cache_reads_total";
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// Modules that may stand in a name: folders of `src`, or the door's own name.
+    const MODULES: [&str; 10] =
+        ["http", "mqtt", "instance", "store", "delivery", "cognition", "cache", "cluster", "memory", "scaling"];
+
+    fn is_well_formed(metric: &Metric) -> bool {
+        let Some(rest) = metric.name.strip_prefix("sophont_") else { return false };
+        let words: Vec<&str> = rest.split('_').collect();
+        let plain = words.iter().all(|word| !word.is_empty() && word.bytes().all(|b| b.is_ascii_lowercase()));
+        let total = metric.name.ends_with("_total");
+        let measured = ["_seconds", "_units", "_bytes"].iter().any(|unit| metric.name.ends_with(unit));
+        plain
+            && words.len() >= 2
+            && MODULES.contains(&words[0])
+            && total == (metric.form == Form::Counter)
+            && (measured || metric.form != Form::Histogram)
+            && metric.help.ends_with('.')
+    }
+
+    #[test]
+    fn names_are_well_formed_and_distinct() {
+        let mut names = BTreeSet::new();
+        for metric in ALL {
+            assert!(is_well_formed(metric), "{metric:?}: sophont_<module>_<what>_<unit>, _total for counters only");
+            assert!(names.insert(metric.name), "{} stands twice", metric.name);
+        }
+    }
+
+    #[test]
+    fn a_bad_name_is_seen() {
+        let metric = |name, form| Metric { name, form, help: "Help." };
+        assert!(!is_well_formed(&metric("sophont_http_requests", Form::Counter)));
+        assert!(!is_well_formed(&metric("sophont_helpers_requests_total", Form::Counter)));
+        assert!(!is_well_formed(&metric("sophont_http_Requests_total", Form::Counter)));
+        assert!(!is_well_formed(&metric("sophont_http_latency", Form::Histogram)));
+    }
+
+    #[test]
+    fn every_name_is_in_the_table() {
+        let outside = include_str!("metric.rs").lines().filter(|line| line.starts_with("pub const "));
+        assert_eq!(outside.collect::<Vec<_>>(), [""; 0], "add metrics to the table, where they are described");
+    }
+}
