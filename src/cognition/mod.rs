@@ -13,6 +13,8 @@ use crate::types::{
     TurnRecord, Usage,
 };
 
+pub mod reflex;
+
 /// A decision's building block. Rules and engines both yield these; `instance::turn` turns them into one record.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {

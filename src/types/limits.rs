@@ -40,3 +40,21 @@ pub const MAX_CLIENT_ID_BYTES: usize = 256;
 pub const MAX_SUBSCRIPTIONS: usize = 1000;
 /// Most retained MQTT values of one tenant.
 pub const MAX_RETAINED: usize = 1_000_000;
+/// Deepest nesting of one expression, brackets and operator chains alike. Evaluation recurses this far at most.
+pub const MAX_EXPRESSION_DEPTH: usize = 48;
+/// Most `+` in one expression: each may copy a text as long as the payload.
+pub const MAX_EXPRESSION_ADDITIONS: usize = 32;
+/// Longest list or map of a stimulus or state that a rule may iterate over (`all`, `exists`, `map`, `filter`).
+pub const MAX_RULE_ITERATIONS: usize = 1024;
+/// Most evaluation steps the rules of one profile may need for one stimulus, estimated when the profile is stored.
+pub const MAX_RULES_COST: u64 = 1_000_000;
+/// Longest text one template may yield, in bytes.
+pub const MAX_TEMPLATE_BYTES: usize = 256 * 1024;
+/// Farthest a reminder may lie ahead, in milliseconds (ten years).
+pub const MAX_REMIND_AHEAD_MS: i64 = 10 * 366 * 24 * 60 * 60 * 1000;
+/// Most episodes one recall hands to an engine.
+pub const MAX_RECALL: usize = 100;
+/// Longest answer taken from a model, in bytes.
+pub const MAX_ANSWER_BYTES: usize = 256 * 1024;
+/// Longest line and longest event of a model's event stream, in bytes.
+pub const MAX_SSE_BYTES: usize = 256 * 1024;
