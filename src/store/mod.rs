@@ -21,8 +21,17 @@ use crate::types::{
     Fault, InstanceId, InstanceKey, Kind, Millis, Profile, StateSnapshot, Stimulus, StimulusId, TenantId, TurnRecord,
 };
 
+mod check;
+#[allow(dead_code)] // walked by the durable backends
+mod links;
 pub mod memory;
+mod rank;
+#[allow(dead_code)] // as links
+mod replay;
 pub mod sqlite;
+
+/// Most instances [`Reader::locate`] names.
+pub const MAX_LOCATED: usize = 10;
 
 /// What can go wrong in a store.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -180,7 +189,7 @@ pub enum Rejection {
     Duplicate {
         /// Position among the unit's turns or stimuli.
         index: usize,
-        /// The earlier one.
+        /// The earlier one. Of two with one id in the same unit it is the first, which is no more written than the rest.
         known: Known,
     },
     /// The fence is stale: another node owns the shard.
@@ -204,7 +213,8 @@ pub enum Known {
 
 type Tell = Box<dyn FnOnce(Result<Committed, Rejection>) + Send>;
 
-/// The end of a unit, told once. Runs on the writer's thread: it must be short and must not block.
+/// The end of a unit, told once. Runs on the writer's thread (or the submitter's, when the unit is refused at once or the
+/// backend is [`memory`]): it must be short, must not block, and must not want a lock its submitter holds.
 pub struct Done(Option<Tell>);
 
 impl Done {
