@@ -1,3 +1,145 @@
 //! The command line: parses, calls, prints. Not here: what the commands do inside a node (`node`).
+//!
+//! Owns: the commands and their arguments, exit codes ([`Failure`]), and what people read on a terminal. Standard output is
+//! for answers and contract lines, standard error for everything else.
+//! Tests: at the foot of each file; `tests/it/config.rs` and `tests/it/cli.rs` drive the binary.
 
+use std::{ffi::OsString, path::PathBuf, process::ExitCode};
+
+use clap::{Args, Parser, Subcommand, error::ErrorKind};
+
+use crate::config::{self, Loaded, Problem, Sources};
+
+pub mod chat;
+mod door;
+mod failure;
+mod inspect;
 pub mod load;
+mod out;
+mod settings;
+
+pub use failure::Failure;
+
+/// A runtime for consciousness instances: durable, stateful AI agents, one supervised actor each.
+#[derive(Debug, Parser)]
+#[command(
+    name = "sophont",
+    version,
+    after_help = AFTER_HELP
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const AFTER_HELP: &str = "\
+Settings come from the defaults, then --config or ./sophont.toml, then SOPHONT__SECTION__KEY, then --set, then flags; `sophont config print` shows them all.
+
+Exit codes: 0 done; 1 it failed; 2 wrong usage.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Check or print the settings.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Talk to an instance: line by line on a terminal, or with messages piped in, one a line.
+    Chat(chat::ChatArgs),
+    /// Show an instance: profile, state, inbox, last turns, dead letters.
+    Inspect(inspect::InspectArgs),
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Say `ok`, or everything that is wrong.
+    Check(SettingsArgs),
+    /// Print the settings in force as TOML, each with where it came from; secrets are hidden.
+    Print(SettingsArgs),
+}
+
+/// Where settings come from.
+#[derive(Debug, Clone, Default, Args)]
+pub struct SettingsArgs {
+    /// Configuration file; ./sophont.toml when it exists and none is named.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Folder of everything durable (node.data_dir).
+    #[arg(long, value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Address of the HTTP door (http.listen); port 0 picks a free one.
+    #[arg(long, value_name = "ADDR")]
+    http: Option<String>,
+    /// Address of the MQTT door (mqtt.listen); port 0 picks a free one.
+    #[arg(long, value_name = "ADDR")]
+    mqtt: Option<String>,
+    /// One setting, such as store.durability=normal; may be repeated.
+    #[arg(long, value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
+}
+
+impl SettingsArgs {
+    fn sources(&self) -> Sources {
+        let mut flags = Vec::new();
+        if let Some(folder) = &self.data_dir {
+            flags.push(("--data-dir", "node", "data_dir", folder.to_string_lossy().into_owned()));
+        }
+        if let Some(address) = &self.http {
+            flags.push(("--http", "http", "listen", address.clone()));
+        }
+        if let Some(address) = &self.mqtt {
+            flags.push(("--mqtt", "mqtt", "listen", address.clone()));
+        }
+        let text = |text: OsString| text.to_string_lossy().into_owned();
+        let env = std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect();
+        Sources { file: self.config.clone(), env, set: self.set.clone(), flags }
+    }
+
+    /// Reads all layers, and has the settings checked that only their owner understands.
+    fn load(&self) -> Result<Loaded, config::Error> {
+        let loaded = config::load(&self.sources())?;
+        match crate::telemetry::log::filter(&loaded.config.telemetry.log) {
+            Ok(_) => Ok(loaded),
+            Err(error) => {
+                let problem: Problem = loaded.problem("telemetry", "log", error.to_string(), None);
+                Err(config::Error::Problems(vec![problem]))
+            }
+        }
+    }
+}
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let done = matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+            // Nobody to tell when the terminal is gone.
+            let _ = error.print();
+            return ExitCode::from(if done { 0 } else { failure::USAGE });
+        }
+    };
+    match run(cli) {
+        Ok(code) => code,
+        Err(failure) => failure.tell(),
+    }
+}
+
+fn run(cli: Cli) -> Result<ExitCode, Failure> {
+    match cli.command {
+        Command::Config(ConfigCommand::Check(settings)) => settings::check(&settings),
+        Command::Config(ConfigCommand::Print(settings)) => settings::print(&settings),
+        Command::Chat(args) => chat::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

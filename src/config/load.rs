@@ -284,6 +284,9 @@ fn explain(error: &str, path: &[String], defaults: &Tree) -> (String, Option<Str
             friendly(expected).unwrap_or_else(|| expected.strip_prefix("struct ").map_or(expected, |_| "a section"));
         return (format!("{} is not {expected}", found.replace('`', "'")), None);
     }
+    if error == "invalid socket address syntax" {
+        return (String::from("not an address such as 127.0.0.1:8080 or [::1]:8080"), None);
+    }
     if let Some(name) = said.strip_prefix("missing field ") {
         return (format!("{} is missing", name.replace('`', "'")), None);
     }

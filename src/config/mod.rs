@@ -49,7 +49,7 @@ pub struct Config {
     /// Logs and metrics.
     pub telemetry: Telemetry,
     /// Faults on demand, only in builds with the `faults` feature.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Faults::is_none")]
     pub faults: Faults,
 }
 
@@ -361,4 +361,11 @@ pub struct Faults {
     pub disk_full_file: Option<PathBuf>,
     /// Do not recognise repeated stimulus ids.
     pub dedupe_off: bool,
+}
+
+impl Faults {
+    /// Whether nothing is broken on purpose.
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
 }

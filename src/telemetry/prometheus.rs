@@ -41,9 +41,9 @@ fn describe() {
     metrics_process::Collector::default().describe();
 }
 
-/// Installs the recorder, once; later calls do nothing. False when another recorder is in the way, which leaves the node
-/// without figures and otherwise well.
-pub fn install() -> bool {
+/// Installs the recorder, once; later calls yield the same. `None` when another recorder is in the way, which leaves the
+/// node without figures and otherwise well.
+pub fn install() -> Option<PrometheusHandle> {
     let handle = HANDLE.get_or_init(|| {
         let handle = builder().and_then(PrometheusBuilder::install_recorder);
         match handle {
@@ -57,7 +57,7 @@ pub fn install() -> bool {
             }
         }
     });
-    handle.is_some()
+    handle.clone()
 }
 
 /// The page in Prometheus' text format, process figures included; empty before [`install`].
@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn the_page_has_help_buckets_and_process_figures() {
-        assert!(install() && install());
+        assert!(install().is_some() && install().is_some());
         metrics::histogram!(metric::COMMIT_SECONDS).record(0.003);
         metrics::histogram!(metric::COMMIT_BATCH).record(3.0);
         metrics::counter!(metric::FENCED).increment(1);

@@ -58,15 +58,3 @@ pub const MAX_RECALL: usize = 100;
 pub const MAX_ANSWER_BYTES: usize = 256 * 1024;
 /// Longest line and longest event of a model's event stream, in bytes.
 pub const MAX_SSE_BYTES: usize = 256 * 1024;
-/// Most effects delivery has taken from the log and neither delivered nor put off.
-pub const DELIVERY_OPEN: usize = 4096;
-/// Turns delivery reads from the log at once.
-pub const DELIVERY_BATCH: usize = 256;
-/// Most publishes, and most stimuli for instances, delivery has under way at once.
-pub const DELIVERY_UNDER_WAY: usize = 1024;
-/// Most webhook calls under way at once.
-pub const DELIVERY_WEBHOOKS: usize = 64;
-/// Most effects of one instance that wait behind one that its target did not take; beyond it the oldest is given up.
-pub const DELIVERY_BEHIND: usize = 10_000;
-/// Most put-off effects whose order is remembered over a restart.
-pub const DELIVERY_RESUMED: usize = 100_000;

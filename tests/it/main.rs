@@ -6,4 +6,5 @@
 
 mod support;
 
+mod config;
 mod support_works;

@@ -1,0 +1,200 @@
+//! `sophont inspect`: what an instance is, knows and waits for, on one page.
+//!
+//! Tests: at the foot (the page), `tests/it/cli.rs` (against a real node).
+
+use std::process::ExitCode;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::{
+    Failure,
+    door::{self, Door, DoorArgs, Error},
+    out,
+};
+
+/// Arguments of `inspect`.
+#[derive(Debug, Args)]
+pub struct InspectArgs {
+    /// The instance.
+    pub instance: String,
+    #[command(flatten)]
+    door: DoorArgs,
+    /// How many of the last turns and dead letters to show.
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(0..=1000))]
+    last: u64,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints the page.
+///
+/// # Errors
+/// No such node, no such instance, no rights.
+pub fn run(args: &InspectArgs) -> Result<ExitCode, Failure> {
+    let instance = door::instance(&args.instance)?;
+    let door = Door::new(&args.door)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new(format!("cannot start: {error}")))?;
+    let seen = runtime.block_on(collect(&door, instance.as_str(), args.last))?;
+    if args.json {
+        out::out(&format!("{seen:#}\n"));
+    } else {
+        out::out(&page(&seen));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Everything the page shows, as one document.
+async fn collect(door: &Door, instance: &str, last: u64) -> Result<Value, Error> {
+    let base = format!("v1/instances/{instance}");
+    let about = door.get(&base).await?;
+    let state = door.get(&format!("{base}/state")).await?;
+    let turns = if last == 0 {
+        json!([])
+    } else {
+        let newest = about["turn"].as_u64().unwrap_or_default();
+        let after = newest.saturating_sub(last);
+        door.get(&format!("{base}/turns?after={after}&limit={last}")).await?["items"].take()
+    };
+    let dead = door.get(&format!("{base}/dead-letters?limit={}", last.max(1))).await?;
+    Ok(json!({"instance": about, "state": state, "turns": turns, "dead_letters": dead["items"]}))
+}
+
+fn text(value: &Value) -> String {
+    match value {
+        Value::Null => String::from("-"),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+/// What a stimulus or reply says, in brief.
+fn said(value: &Value, width: usize) -> String {
+    let content = if value["content"].is_null() { &value["data"] } else { &value["content"] };
+    out::brief(&text(content), width)
+}
+
+fn page(seen: &Value) -> String {
+    let (about, state) = (&seen["instance"], &seen["state"]);
+    let mut page = String::new();
+    let mut line = |name: &str, value: String| page.push_str(&format!("{name:<12} {value}\n"));
+    line("instance", text(&about["id"]));
+    let profile = &about["profile"];
+    if profile.is_null() {
+        line("profile", String::from("none of its own"));
+    } else {
+        line("persona", out::brief(&text(&profile["persona"]), 100));
+        line("engine", format!("{} {}", text(&profile["engine"]), profile["model"].as_str().unwrap_or_default()));
+        let rules = profile["reflexes"].as_array().map_or(0, Vec::len);
+        line("reflexes", rules.to_string());
+        if let Some(labels) = profile["labels"].as_object() {
+            let labels: Vec<_> = labels.iter().map(|(name, value)| format!("{name}={}", text(value))).collect();
+            line("labels", out::brief(&labels.join(" "), 100));
+        }
+    }
+    line("created", text(&about["created_at"]));
+    line("activation", format!("{} on {}", text(&about["activation"]), text(&about["node"])));
+    line("inbox", format!("{} waiting", text(&about["inbox"])));
+    line("version", text(&state["version"]));
+    for part in ["desired", "reported", "delta"] {
+        line(part, out::brief(&text(&state[part]), 100));
+    }
+    page.push_str(&table(
+        "last turns",
+        &["turn", "decided at", "engine", "outcome", "stimulus", "reply"],
+        rows_of_turns(seen),
+    ));
+    page.push_str(&table("dead letters", &["stimulus", "given up at", "tries", "reason"], rows_of_dead(seen)));
+    page
+}
+
+fn rows_of_turns(seen: &Value) -> Vec<Vec<String>> {
+    let turns = seen["turns"].as_array().map_or(&[][..], Vec::as_slice);
+    let row = |turn: &Value| {
+        let (stimulus, reply) = (said(&turn["stimulus"], 40), said(&turn["reply"], 60));
+        vec![
+            text(&turn["turn"]),
+            text(&turn["decided_at"]),
+            text(&turn["engine"]),
+            text(&turn["outcome"]),
+            stimulus,
+            reply,
+        ]
+    };
+    turns.iter().map(row).collect()
+}
+
+fn rows_of_dead(seen: &Value) -> Vec<Vec<String>> {
+    let dead = seen["dead_letters"].as_array().map_or(&[][..], Vec::as_slice);
+    let row = |letter: &Value| {
+        vec![
+            text(&letter["stimulus"]["id"]),
+            text(&letter["at"]),
+            text(&letter["tries"]),
+            out::brief(&text(&letter["reason"]), 80),
+        ]
+    };
+    dead.iter().map(row).collect()
+}
+
+/// A table with a title; its columns are as wide as their widest cell, the last one has no padding.
+fn table(title: &str, names: &[&str], rows: Vec<Vec<String>>) -> String {
+    if rows.is_empty() {
+        return format!("\n{title}: none\n");
+    }
+    let clean: Vec<Vec<String>> =
+        rows.iter().map(|row| row.iter().map(|cell| out::brief(cell, 100)).collect()).collect();
+    let width = |column: usize| {
+        let cells = clean.iter().map(|row| row[column].chars().count());
+        cells.chain([names[column].chars().count()]).max().unwrap_or_default()
+    };
+    let mut out = format!("\n{title}\n");
+    let head: Vec<String> = names.iter().map(|name| String::from(*name)).collect();
+    for row in [&head].into_iter().chain(&clean) {
+        let cells: Vec<String> = row
+            .iter()
+            .enumerate()
+            .map(
+                |(column, cell)| {
+                    if column + 1 == row.len() { cell.clone() } else { format!("{cell:<0$}", width(column)) }
+                },
+            )
+            .collect();
+        out.push_str(&format!("  {}\n", cells.join("  ").trim_end()));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_shows_what_matters_and_gives_the_terminal_no_orders() {
+        let seen = json!({
+            "instance": {"id": "lamp", "profile": {"engine": "reflex", "persona": "a\u{1b}[2Jlamp", "reflexes": [{}]},
+                         "activation": "active", "node": "n1", "inbox": 0, "turn": 9, "version": 2, "created_at": "2026-11-21T05:10:53.120Z"},
+            "state": {"version": 2, "desired": {"on": true}, "reported": {}, "delta": {"on": true}},
+            "turns": [{"turn": 9, "decided_at": "t", "engine": "reflex", "outcome": "replied",
+                       "stimulus": {"content": "hello\nthere"}, "reply": {"content": "hi"}}],
+            "dead_letters": [],
+        });
+        let page = page(&seen);
+        for part in [
+            "instance     lamp\n",
+            "persona      a[2Jlamp\n",
+            "reflexes     1\n",
+            "version      2\n",
+            "delta        {\"on\":true}\n",
+        ] {
+            assert!(page.contains(part), "{part} is not in\n{page}");
+        }
+        assert!(page.contains("  turn  decided at  engine  outcome  stimulus     reply\n"), "{page}");
+        assert!(page.contains("  9     t           reflex  replied  hello there  hi\n"), "{page}");
+        assert!(page.ends_with("dead letters: none\n"));
+    }
+}
