@@ -41,6 +41,8 @@ metrics! {
     HTTP_REQUESTS = Counter "sophont_http_requests_total";
     /// HTTP latency in seconds, by route.
     HTTP_SECONDS = Histogram "sophont_http_request_seconds";
+    /// Streams of events that are open.
+    HTTP_STREAMS = Gauge "sophont_http_open_streams";
     /// Turns, by outcome and engine.
     TURNS = Counter "sophont_instance_turns_total";
     /// Time from arrival at the instance to commit in seconds, by path (`fast`, `slow`).

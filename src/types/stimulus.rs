@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::{Channel, Millis, RawJson, StimulusId};
 
 /// Which door or part of the node a stimulus came through.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Source {
     /// The HTTP door.
@@ -21,7 +21,7 @@ pub enum Source {
 }
 
 /// How urgent a stimulus is, most urgent first. Within one priority, arrival order holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Priority {
     /// A person waits.

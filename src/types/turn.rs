@@ -11,7 +11,7 @@ use super::{Channel, InstanceId, Millis, RawJson, ReplyTo, Stimulus};
 pub const RECORD_VERSION: u8 = 1;
 
 /// How a turn ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, utoipa::ToSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
     /// There is a reply.

@@ -1,0 +1,406 @@
+//! Following one stimulus to its turn: `accepted`, `step`, `token`…, `turn` or `error`.
+//!
+//! Owns: [`Words`], which knows what of an answer a client has, and the loop that brings it the rest. Events of the hub are
+//! hints: the draft fills gaps, and the store is asked now and then, so that a lost event delays but loses nothing.
+//!
+//! Invariants: the words a client puts together are the draft's, none missing, none twice; when an answer is begun anew (a
+//! failed call, a restarted node) the client is told to forget what it has. Ids of events are `STIMULUS:0` for `accepted`,
+//! `STIMULUS:N:DIGEST` after N words whose text has the digest, and `STIMULUS:turn` at the end; any of them resumes.
+//! Tests: at the foot; `tests/it/http.rs`.
+
+use std::{sync::Arc, time::Duration};
+
+use serde::Serialize;
+use tokio::{sync::broadcast::error::RecvError, time};
+
+use super::{
+    Shared,
+    problem::{Problem, Refusal},
+    sse::{self, Gone, KEEP_ALIVE, Sink},
+    wire::{self, Status, StatusView},
+};
+use crate::{
+    instance::{
+        self,
+        events::{Event, Watch},
+    },
+    store::{DeadLetter, Known},
+    types::{
+        InstanceKey, Millis, StimulusId, TurnRecord,
+        limits::{STREAM_KEEP_ALIVE_SECONDS, STREAM_SECONDS},
+    },
+};
+
+/// How far a client got, from its `Last-Event-ID`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resume {
+    /// The stimulus it followed.
+    pub stimulus: StimulusId,
+    /// What it has.
+    pub has: Has,
+}
+
+/// What a client has of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Has {
+    /// So many words, with this digest.
+    Words(u64, u64),
+    /// All of it.
+    Turn,
+}
+
+impl Resume {
+    /// Reads the id of an event.
+    pub fn parse(id: &str) -> Option<Self> {
+        let mut parts = id.split(':');
+        let stimulus = StimulusId::new(parts.next()?).ok()?;
+        let has = match (parts.next()?, parts.next(), parts.next()) {
+            ("turn", None, None) => Has::Turn,
+            ("0", None, None) => Has::Words(0, Words::EMPTY),
+            (count, Some(digest), None) => Has::Words(count.parse().ok()?, u64::from_str_radix(digest, 16).ok()?),
+            _ => return None,
+        };
+        Some(Self { stimulus, has })
+    }
+}
+
+/// The words a client has: how many, and a digest of them, so that a stream can go on only where it left off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Words {
+    count: u64,
+    digest: u64,
+}
+
+/// What to do with the next word.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Send it.
+    Send,
+    /// The client has it.
+    Skip,
+    /// Words before it are missing.
+    Gap,
+}
+
+impl Words {
+    const EMPTY: u64 = 0xcbf2_9ce4_8422_2325;
+
+    /// What a client has.
+    pub fn new(has: Option<Has>) -> Self {
+        match has {
+            Some(Has::Words(count, digest)) => Self { count, digest },
+            Some(Has::Turn) | None => Self { count: 0, digest: Self::EMPTY },
+        }
+    }
+
+    /// Takes a word into account when it is the next one.
+    pub fn next(&mut self, index: u64, text: &str) -> Next {
+        match index.cmp(&self.count) {
+            std::cmp::Ordering::Less => Next::Skip,
+            std::cmp::Ordering::Greater => Next::Gap,
+            std::cmp::Ordering::Equal => {
+                self.push(text);
+                Next::Send
+            }
+        }
+    }
+
+    fn push(&mut self, text: &str) {
+        let step = |digest: u64, byte: u8| (digest ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        self.digest = text.bytes().chain([0xff]).fold(self.digest, step);
+        self.count += 1;
+    }
+
+    /// Whether what the client has is how this draft begins.
+    pub fn continues(&self, draft: &[Arc<str>]) -> bool {
+        let Some(begin) = usize::try_from(self.count).ok().and_then(|count| draft.get(..count)) else { return false };
+        let mut words = Self::new(None);
+        begin.iter().for_each(|text| words.push(text));
+        words == *self
+    }
+
+    fn id(&self, stimulus: &StimulusId) -> String {
+        format!("{stimulus}:{}:{:x}", self.count, self.digest)
+    }
+}
+
+/// A piece of an answer.
+#[derive(Debug, Serialize)]
+pub struct TokenView<'a> {
+    /// Of the answer to which stimulus.
+    pub stimulus: &'a StimulusId,
+    /// Its place, from 0.
+    pub index: u64,
+    /// The text.
+    pub text: &'a str,
+}
+
+/// What the engine does. `restart` voids the words sent so far.
+#[derive(Debug, Serialize)]
+pub struct StepView<'a> {
+    /// For which stimulus.
+    pub stimulus: &'a StimulusId,
+    /// `thinking` or `restart`.
+    pub step: &'a str,
+}
+
+/// A stream that follows one stimulus.
+pub struct Follow {
+    /// The door.
+    pub shared: Arc<Shared>,
+    /// Whose.
+    pub key: InstanceKey,
+    /// Which.
+    pub stimulus: StimulusId,
+    /// Where errors are reported to have happened.
+    pub path: String,
+    /// For the log.
+    pub request_id: String,
+    /// The way to the client.
+    pub sink: Sink,
+    /// What it has.
+    pub words: Words,
+}
+
+/// Whether the stream goes on.
+type Flow = Result<(), End>;
+
+/// Why a stream ends.
+enum End {
+    /// Everything was said.
+    Done,
+    /// Nobody listens.
+    Gone,
+}
+
+impl From<Gone> for End {
+    fn from(_: Gone) -> Self {
+        Self::Gone
+    }
+}
+
+impl Follow {
+    /// Follows until the turn. The watch began before `known` was asked for, so nothing lies between them.
+    pub async fn run(mut self, mut watch: Watch, known: Known, resumed: bool) {
+        if !resumed {
+            let accepted = match &known {
+                Known::Waiting(stimulus) => stimulus.accepted_at,
+                Known::Decided(turn) => turn.stimulus.accepted_at,
+                Known::Dead(dead) => dead.stimulus.accepted_at,
+            };
+            if self.accepted(accepted).await.is_err() {
+                return;
+            }
+        }
+        if self.settle(Some(known)).await.is_err() || self.catch_up(&watch).await.is_err() {
+            return;
+        }
+        let drain = self.shared.drain.clone();
+        let end = time::sleep(Duration::from_secs(STREAM_SECONDS));
+        tokio::pin!(end);
+        let mut tick = time::interval(Duration::from_secs(STREAM_KEEP_ALIVE_SECONDS));
+        tick.reset();
+        loop {
+            let flow = tokio::select! {
+                event = watch.events.recv() => match event {
+                    Ok(event) => self.event(event, &mut watch).await,
+                    Err(RecvError::Lagged(_)) => self.look_again(&mut watch).await,
+                    Err(RecvError::Closed) => self.problem(Refusal::Draining.into()).await,
+                },
+                _ = tick.tick() => self.still_there().await,
+                () = drain.draining() => self.problem(Refusal::Draining.into()).await,
+                () = self.sink.gone() => return,
+                () = &mut end => return,
+            };
+            if flow.is_err() {
+                return;
+            }
+        }
+    }
+
+    async fn event(&mut self, event: Event, watch: &mut Watch) -> Flow {
+        match event {
+            Event::Thinking(id) if id == self.stimulus => {
+                // A thought begins: what the client may have is of an earlier one, which a crash ended.
+                self.restart().await?;
+                self.step("thinking").await
+            }
+            Event::Token { stimulus, index, text } if stimulus == self.stimulus => {
+                match self.words.next(index, &text) {
+                    Next::Send => self.token(index, &text).await,
+                    Next::Skip => Ok(()),
+                    Next::Gap => self.look_again(watch).await,
+                }
+            }
+            Event::Restart(id) if id == self.stimulus => self.restart().await,
+            Event::Turn(turn) if turn.stimulus.id == self.stimulus => self.turn(&turn).await,
+            Event::Dead(dead) if dead.stimulus.id == self.stimulus => self.dead(&dead).await,
+            Event::Forgotten => self.problem(Refusal::NoStimulus.into()).await,
+            _ => Ok(()),
+        }
+    }
+
+    /// Events were missed: watch anew, then see what became of it in the meantime.
+    async fn look_again(&mut self, watch: &mut Watch) -> Flow {
+        *watch = self.shared.router.hub().watch(&self.key);
+        let known = self.find().await?;
+        self.settle(known).await?;
+        self.catch_up(watch).await
+    }
+
+    /// Brings the words of the draft that the client does not have.
+    async fn catch_up(&mut self, watch: &Watch) -> Flow {
+        let Some(draft) = watch.draft.as_ref().filter(|draft| draft.stimulus == self.stimulus) else { return Ok(()) };
+        if !self.words.continues(&draft.tokens) {
+            self.restart().await?;
+        } else if self.words.count == 0 {
+            self.step("thinking").await?;
+        }
+        for (index, text) in (0u64..).zip(&draft.tokens) {
+            if self.words.next(index, text) == Next::Send {
+                self.token(index, text).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Now and then: says that the stream lives, and asks the store in case a hint was lost.
+    async fn still_there(&mut self) -> Flow {
+        self.sink.send(KEEP_ALIVE).await?;
+        let known = self.find().await?;
+        self.settle(known).await
+    }
+
+    async fn find(&mut self) -> Result<Option<Known>, End> {
+        match self.shared.router.store().find(&self.key, &self.stimulus).await {
+            Ok(known) => Ok(known),
+            Err(error) => {
+                self.problem(error.into()).await?;
+                Err(End::Done)
+            }
+        }
+    }
+
+    async fn settle(&mut self, known: Option<Known>) -> Flow {
+        match known {
+            Some(Known::Waiting(_)) => Ok(()),
+            Some(Known::Decided(turn)) => self.turn(&turn).await,
+            Some(Known::Dead(dead)) => self.dead(&dead).await,
+            None => self.problem(Refusal::NoStimulus.into()).await,
+        }
+    }
+
+    async fn accepted(&mut self, at: Millis) -> Flow {
+        let view = StatusView {
+            id: &self.stimulus,
+            instance: &self.key.instance,
+            status: Status::Accepted,
+            accepted_at: at,
+            turn: None,
+            reason: None,
+        };
+        let id = format!("{}:0", self.stimulus);
+        Ok(self.sink.send(sse::event("accepted", Some(&id), &view)).await?)
+    }
+
+    async fn step(&mut self, step: &str) -> Flow {
+        let view = StepView { stimulus: &self.stimulus, step };
+        Ok(self.sink.send(sse::event("step", None, &view)).await?)
+    }
+
+    async fn restart(&mut self) -> Flow {
+        let had = self.words.count > 0;
+        self.words = Words::new(None);
+        if had { self.step("restart").await } else { Ok(()) }
+    }
+
+    async fn token(&mut self, index: u64, text: &str) -> Flow {
+        let view = TokenView { stimulus: &self.stimulus, index, text };
+        let id = self.words.id(&self.stimulus);
+        Ok(self.sink.send(sse::event("token", Some(&id), &view)).await?)
+    }
+
+    async fn turn(&mut self, turn: &TurnRecord) -> Flow {
+        let id = format!("{}:turn", self.stimulus);
+        self.sink.send(sse::frame("turn", Some(&id), &wire::turn_json(turn))).await?;
+        Err(End::Done)
+    }
+
+    async fn dead(&mut self, dead: &DeadLetter) -> Flow {
+        self.problem(dead_letter(&self.key, dead).into()).await
+    }
+
+    async fn problem(&mut self, problem: Problem) -> Flow {
+        self.sink.send(sse::frame("error", None, &problem.body(&self.path, &self.request_id))).await?;
+        Err(End::Done)
+    }
+}
+
+/// What is said of a stimulus that was given up.
+pub fn dead_letter(key: &InstanceKey, dead: &DeadLetter) -> Refusal {
+    Refusal::Dead {
+        reason: dead.reason.clone(),
+        tries: dead.tries,
+        instance: key.instance.clone(),
+        stimulus: dead.stimulus.id.clone(),
+    }
+}
+
+/// What a receipt says is known.
+pub fn known(receipt: instance::Receipt, stimulus: impl FnOnce() -> crate::types::Stimulus) -> Known {
+    match receipt {
+        instance::Receipt::Decided { turn, .. } => Known::Decided(turn),
+        instance::Receipt::Accepted { .. } => Known::Waiting(Arc::new(stimulus())),
+        instance::Receipt::Dead(dead) => Known::Dead(dead),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn draft(words: &[&str]) -> Vec<Arc<str>> {
+        words.iter().map(|word| Arc::from(*word)).collect()
+    }
+
+    fn after(words: &[&str]) -> Words {
+        let mut out = Words::new(None);
+        for (index, word) in (0u64..).zip(words) {
+            assert_eq!(out.next(index, word), Next::Send);
+        }
+        out
+    }
+
+    #[test]
+    fn words_are_taken_once_and_in_order() {
+        let mut words = after(&["a", "b"]);
+        assert_eq!(words.next(1, "b"), Next::Skip);
+        assert_eq!(words.next(3, "d"), Next::Gap);
+        assert_eq!(words.next(2, "c"), Next::Send);
+        assert_eq!(words, after(&["a", "b", "c"]));
+    }
+
+    #[test]
+    fn a_stream_goes_on_only_where_it_left_off() {
+        let words = after(&["a", "b"]);
+        assert!(words.continues(&draft(&["a", "b"])) && words.continues(&draft(&["a", "b", "c"])));
+        for other in [&["a"][..], &["a", "x", "c"], &["ab", ""], &[]] {
+            assert!(!words.continues(&draft(other)), "{other:?}");
+        }
+        assert!(Words::new(None).continues(&draft(&[])));
+    }
+
+    #[test]
+    fn the_id_of_an_event_says_what_the_client_has() {
+        let stimulus = StimulusId::new("s-1").unwrap();
+        let words = after(&["a", "b"]);
+        let resume = Resume::parse(&words.id(&stimulus)).unwrap();
+        assert_eq!((&resume.stimulus, Words::new(Some(resume.has))), (&stimulus, words));
+        assert_eq!(Resume::parse("s-1:turn").unwrap().has, Has::Turn);
+        assert_eq!(Words::new(Some(Resume::parse("s-1:0").unwrap().has)), Words::new(None));
+        for bad in ["", "s-1", "s-1:", "s-1:x", "s-1:1", "s-1:1:zz", "s 1:0", "s-1:1:2:3"] {
+            assert_eq!(Resume::parse(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! Which call a method and a path mean: one table, looked up without regular expressions.
+//!
+//! Owns: the closed set of calls, their paths and methods, and what each needs (scope, whether it changes anything).
+//! Not here: what a call does. Invariants: every row of [`CALLS`] is reachable and documented (`openapi.rs` has the test).
+
+use std::borrow::Cow;
+
+use crate::types::Scope;
+
+/// Every call of the HTTP door.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs)] // CALLS says what each is
+pub enum Call {
+    ListInstances,
+    PutInstance,
+    GetInstance,
+    DeleteInstance,
+    PostStimulus,
+    GetStimulus,
+    GetTurns,
+    GetEvents,
+    GetState,
+    PatchState,
+    GetDeadLetters,
+    RetryDeadLetter,
+    Live,
+    Ready,
+    Metrics,
+    OpenApi,
+    Docs,
+    Start,
+}
+
+/// One call: its method and its path as the API document spells it.
+#[derive(Debug)]
+pub struct Row {
+    /// Which.
+    pub call: Call,
+    /// Its method.
+    pub method: &'static str,
+    /// Its path, with parameters in braces.
+    pub path: &'static str,
+}
+
+const fn row(call: Call, method: &'static str, path: &'static str) -> Row {
+    Row { call, method, path }
+}
+
+/// All calls, in the order of [`Call`].
+pub const CALLS: [Row; 18] = [
+    row(Call::ListInstances, "GET", "/v1/instances"),
+    row(Call::PutInstance, "PUT", "/v1/instances/{id}"),
+    row(Call::GetInstance, "GET", "/v1/instances/{id}"),
+    row(Call::DeleteInstance, "DELETE", "/v1/instances/{id}"),
+    row(Call::PostStimulus, "POST", "/v1/instances/{id}/stimuli"),
+    row(Call::GetStimulus, "GET", "/v1/stimuli/{sid}"),
+    row(Call::GetTurns, "GET", "/v1/instances/{id}/turns"),
+    row(Call::GetEvents, "GET", "/v1/instances/{id}/events"),
+    row(Call::GetState, "GET", "/v1/instances/{id}/state"),
+    row(Call::PatchState, "PATCH", "/v1/instances/{id}/state"),
+    row(Call::GetDeadLetters, "GET", "/v1/instances/{id}/dead-letters"),
+    row(Call::RetryDeadLetter, "POST", "/v1/instances/{id}/dead-letters/{sid}/retry"),
+    row(Call::Live, "GET", "/health/live"),
+    row(Call::Ready, "GET", "/health/ready"),
+    row(Call::Metrics, "GET", "/metrics"),
+    row(Call::OpenApi, "GET", "/openapi.json"),
+    row(Call::Docs, "GET", "/docs"),
+    row(Call::Start, "GET", "/"),
+];
+
+impl Call {
+    /// Its row.
+    pub fn row(self) -> &'static Row {
+        &CALLS[self as usize]
+    }
+
+    /// The right it needs; `None` for what anybody may see.
+    pub const fn scope(self) -> Option<Scope> {
+        match self {
+            Call::Live | Call::Ready | Call::OpenApi | Call::Docs | Call::Start => None,
+            Call::Metrics => Some(Scope::Admin),
+            Call::ListInstances
+            | Call::GetInstance
+            | Call::GetStimulus
+            | Call::GetTurns
+            | Call::GetEvents
+            | Call::GetState
+            | Call::GetDeadLetters => Some(Scope::Read),
+            Call::PutInstance
+            | Call::DeleteInstance
+            | Call::PostStimulus
+            | Call::PatchState
+            | Call::RetryDeadLetter => Some(Scope::Write),
+        }
+    }
+
+    /// Whether it changes anything, and so is refused while the node drains.
+    pub fn changes(self) -> bool {
+        self.scope() == Some(Scope::Write)
+    }
+}
+
+/// A call and the parameters of its path, not yet decoded.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Found<'a> {
+    /// Which call.
+    pub call: Call,
+    /// `{id}`, or the rest of the path of [`Call::Docs`].
+    pub id: &'a str,
+    /// `{sid}`.
+    pub sid: &'a str,
+}
+
+/// Why there is no call.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Miss {
+    /// No such path.
+    Path,
+    /// The path has other methods.
+    Method(String),
+    /// The path was asked for its methods.
+    Options(String),
+}
+
+/// Finds the call.
+///
+/// # Errors
+/// [`Miss`] says whether the path or only the method is unknown.
+pub fn find<'a>(method: &str, path: &'a str) -> Result<Found<'a>, Miss> {
+    let (template, id, sid) = template(path).ok_or(Miss::Path)?;
+    let wanted = if method == "HEAD" { "GET" } else { method };
+    match CALLS.iter().find(|row| row.path == template && row.method == wanted) {
+        Some(row) => Ok(Found { call: row.call, id, sid }),
+        None if method == "OPTIONS" => Err(Miss::Options(allowed(template))),
+        None => Err(Miss::Method(allowed(template))),
+    }
+}
+
+/// The row's path and the parameters a path stands for.
+fn template(path: &str) -> Option<(&'static str, &str, &str)> {
+    if path == "/" {
+        return Some(("/", "", ""));
+    }
+    if let Some(rest) = path.strip_prefix("/docs")
+        && (rest.is_empty() || rest.starts_with('/'))
+    {
+        return Some(("/docs", rest, ""));
+    }
+    let mut parts = [""; 7];
+    let mut count = 0;
+    for part in path.strip_prefix('/')?.split('/') {
+        *parts.get_mut(count)? = part;
+        count += 1;
+    }
+    Some(match parts.get(..count)? {
+        ["v1", "instances"] => ("/v1/instances", "", ""),
+        ["v1", "instances", id] => ("/v1/instances/{id}", id, ""),
+        ["v1", "instances", id, "stimuli"] => ("/v1/instances/{id}/stimuli", id, ""),
+        ["v1", "instances", id, "turns"] => ("/v1/instances/{id}/turns", id, ""),
+        ["v1", "instances", id, "events"] => ("/v1/instances/{id}/events", id, ""),
+        ["v1", "instances", id, "state"] => ("/v1/instances/{id}/state", id, ""),
+        ["v1", "instances", id, "dead-letters"] => ("/v1/instances/{id}/dead-letters", id, ""),
+        ["v1", "instances", id, "dead-letters", sid, "retry"] => {
+            ("/v1/instances/{id}/dead-letters/{sid}/retry", id, sid)
+        }
+        ["v1", "stimuli", sid] => ("/v1/stimuli/{sid}", "", sid),
+        ["health", "live"] => ("/health/live", "", ""),
+        ["health", "ready"] => ("/health/ready", "", ""),
+        ["metrics"] => ("/metrics", "", ""),
+        ["openapi.json"] => ("/openapi.json", "", ""),
+        _ => return None,
+    })
+}
+
+fn allowed(template: &str) -> String {
+    let mut methods: Vec<&str> = CALLS.iter().filter(|row| row.path == template).map(|row| row.method).collect();
+    if methods.contains(&"GET") {
+        methods.push("HEAD");
+    }
+    methods.push("OPTIONS");
+    methods.join(", ")
+}
+
+/// Decodes `%XX`; `None` when an escape is broken or the result is not UTF-8. `plus` turns `+` into a space, as in queries.
+pub fn decode(text: &str, plus: bool) -> Option<Cow<'_, str>> {
+    if !text.contains(['%', '+']) || (!plus && !text.contains('%')) {
+        return Some(Cow::Borrowed(text));
+    }
+    let mut out = Vec::with_capacity(text.len());
+    let mut bytes = text.bytes();
+    while let Some(byte) = bytes.next() {
+        out.push(match byte {
+            b'%' => hex(bytes.next()?)? << 4 | hex(bytes.next()?)?,
+            b'+' if plus => b' ',
+            other => other,
+        });
+    }
+    String::from_utf8(out).ok().map(Cow::Owned)
+}
+
+fn hex(digit: u8) -> Option<u8> {
+    char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_row_is_in_its_place_and_is_found() {
+        for (index, row) in CALLS.iter().enumerate() {
+            assert_eq!(row.call as usize, index);
+            let path = row.path.replace("{id}", "lamp").replace("{sid}", "s1");
+            let found = find(row.method, &path).unwrap();
+            assert_eq!(found.call, row.call);
+            assert_eq!(found.id, if row.path.contains("{id}") { "lamp" } else { "" });
+            assert_eq!(found.sid, if row.path.contains("{sid}") { "s1" } else { "" });
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_is_told_apart_from_a_wrong_method() {
+        for path in ["", "/v1", "/v1/", "/v1/instances/a/b", "/v1/instances/", "/docsx", "/v1/instances/a/state/", "//"]
+        {
+            let found = find("GET", path);
+            let is_empty_id = path == "/v1/instances/"; // an empty id is refused as an id, later
+            assert_eq!(found.err(), (!is_empty_id).then_some(Miss::Path), "{path}");
+        }
+        let methods = String::from("GET, PATCH, HEAD, OPTIONS");
+        assert_eq!(find("POST", "/v1/instances/a/state"), Err(Miss::Method(methods.clone())));
+        assert_eq!(find("OPTIONS", "/v1/instances/a/state"), Err(Miss::Options(methods)));
+        assert_eq!(find("HEAD", "/v1/instances/a/state").unwrap().call, Call::GetState);
+        assert_eq!(find("GET", "/docs/swagger-ui.css").unwrap().id, "/swagger-ui.css");
+    }
+
+    #[test]
+    fn percent_escapes_are_decoded_or_refused() {
+        assert_eq!(decode("a%2Db", false).unwrap(), "a-b");
+        assert_eq!(decode("a+b%20c", true).unwrap(), "a b c");
+        assert_eq!(decode("a+b", false).unwrap(), "a+b");
+        for bad in ["%", "%4", "%zz", "%ff"] {
+            assert_eq!(decode(bad, false), None, "{bad}");
+        }
+    }
+}

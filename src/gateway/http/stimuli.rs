@@ -1,0 +1,258 @@
+//! Stimuli: sending one, waiting for its turn or following it, and asking what became of it.
+//!
+//! Invariants: 2xx only after the stimulus is durable; after a timeout the caller is told what is known, never a guess.
+//! Tests: `tests/it/http.rs`, `tests/it/hostile.rs`.
+
+use std::{sync::Arc, time::Duration};
+
+use actix_web::{
+    HttpResponse,
+    http::{StatusCode, header::HeaderValue},
+    web::Payload,
+};
+
+use super::{
+    Caller, admission,
+    follow::{self, Follow, Has, Resume, Words},
+    json_body,
+    problem::{Problem, Refusal},
+    respond, sse,
+    wire::{self, Status, StatusView, StimulusBody},
+};
+use crate::{
+    instance::{Error, Receipt, Until, events::Watch},
+    store::Known,
+    types::{InstanceId, InstanceKey, Millis, Stimulus, StimulusId, TurnRecord},
+};
+
+/// How long a caller waits that does not say.
+const DEFAULT_WAIT: Duration = Duration::from_secs(30);
+
+/// `POST /v1/instances/{id}/stimuli`.
+///
+/// # Errors
+/// [`Problem`]; nothing was accepted unless it is a timeout, a crash, or a dead letter.
+pub async fn post(caller: &Caller<'_>, payload: Payload) -> Result<HttpResponse, Problem> {
+    let key = caller.instance()?;
+    let query = caller.query(&["wait"])?;
+    admission::json_type(caller.request.headers(), false)?;
+    let limit = caller.shared.config.max_body_kb.saturating_mul(1024);
+    let bytes = admission::body(caller.request.headers(), payload, limit).await?;
+    let body: StimulusBody<'_> = json_body(&bytes)?;
+    let streamed = admission::wants_events(caller.request.headers());
+    let resume = if streamed { resume(caller)? } else { None };
+    let id = agreed_id(caller.idempotency_key()?, body.id(), resume.as_ref())?;
+    let mut stimulus = body.into_stimulus(&caller.who, id, caller.shared.clock.now())?;
+    stimulus.traceparent = admission::traceparent(caller.request.headers());
+    if streamed {
+        return stream(caller, key, stimulus, resume).await;
+    }
+    let longest = Duration::from_secs(caller.shared.config.max_wait_seconds);
+    let wait = query.wait.unwrap_or(DEFAULT_WAIT).min(longest);
+    if wait.is_zero() {
+        accept(caller, &key, stimulus, longest).await
+    } else {
+        decide(caller, &key, stimulus, wait).await
+    }
+}
+
+/// The id the caller chose, by whichever way. The stream's resume counts when nothing else is said.
+fn agreed_id(
+    key: Option<StimulusId>,
+    id: Option<&StimulusId>,
+    resume: Option<&Resume>,
+) -> Result<Option<StimulusId>, Refusal> {
+    match (key, id) {
+        (Some(key), Some(id)) if key != *id => Err(Refusal::TwoIds { key, id: id.clone() }),
+        (Some(key), _) => Ok(Some(key)),
+        (None, Some(id)) => Ok(Some(id.clone())),
+        (None, None) => Ok(resume.map(|resume| resume.stimulus.clone())),
+    }
+}
+
+/// Waits until the stimulus is decided, at most `wait`.
+async fn decide(
+    caller: &Caller<'_>,
+    key: &InstanceKey,
+    stimulus: Stimulus,
+    wait: Duration,
+) -> Result<HttpResponse, Problem> {
+    let (id, at) = (stimulus.id.clone(), stimulus.accepted_at);
+    match tokio::time::timeout(wait, caller.shared.router.deliver(key, stimulus, Until::Decided)).await {
+        Ok(Ok(Receipt::Decided { turn, repeated })) => Ok(decided(&turn, repeated)),
+        Ok(Ok(Receipt::Accepted { .. })) => Ok(accepted(&key.instance, &id, at, Status::Accepted)),
+        Ok(Ok(Receipt::Dead(dead))) => Err(follow::dead_letter(key, &dead).into()),
+        Ok(Err(Error::Timeout(after))) => late(caller, key, &id, after).await,
+        Ok(Err(error)) => Err(error.into()),
+        Err(_) => late(caller, key, &id, wait).await,
+    }
+}
+
+/// Waits until the stimulus is durable and no longer.
+async fn accept(
+    caller: &Caller<'_>,
+    key: &InstanceKey,
+    stimulus: Stimulus,
+    deadline: Duration,
+) -> Result<HttpResponse, Problem> {
+    let (id, at) = (stimulus.id.clone(), stimulus.accepted_at);
+    match tokio::time::timeout(deadline, caller.shared.router.deliver(key, stimulus, Until::Accepted)).await {
+        Ok(Ok(Receipt::Decided { .. })) => Ok(accepted(&key.instance, &id, at, Status::Decided)),
+        Ok(Ok(Receipt::Accepted { .. })) => Ok(accepted(&key.instance, &id, at, Status::Accepted)),
+        Ok(Ok(Receipt::Dead(_))) => Ok(accepted(&key.instance, &id, at, Status::Dead)),
+        Ok(Err(Error::Timeout(after))) => late(caller, key, &id, after).await,
+        Ok(Err(error)) => Err(error.into()),
+        Err(_) => late(caller, key, &id, deadline).await,
+    }
+}
+
+/// The wait is over: what is known by now?
+async fn late(
+    caller: &Caller<'_>,
+    key: &InstanceKey,
+    id: &StimulusId,
+    waited: Duration,
+) -> Result<HttpResponse, Problem> {
+    match caller.shared.router.store().find(key, id).await? {
+        Some(Known::Waiting(stimulus)) => {
+            Ok(accepted(&key.instance, id, stimulus.accepted_at, standing(caller, key, id)))
+        }
+        Some(Known::Decided(turn)) => Ok(decided(&turn, false)),
+        Some(Known::Dead(dead)) => Err(follow::dead_letter(key, &dead).into()),
+        None => Err(Refusal::Timeout(waited).into()),
+    }
+}
+
+/// Whether a waiting stimulus is being thought about.
+fn standing(caller: &Caller<'_>, key: &InstanceKey, id: &StimulusId) -> Status {
+    let draft = caller.shared.router.hub().watch(key).draft.take();
+    if draft.is_some_and(|draft| draft.stimulus == *id) { Status::Thinking } else { Status::Accepted }
+}
+
+fn decided(turn: &TurnRecord, repeated: bool) -> HttpResponse {
+    let mut response = respond(StatusCode::OK, wire::turn_json(turn));
+    if repeated {
+        let name = actix_web::http::header::HeaderName::from_static("idempotent-replayed");
+        response.headers_mut().insert(name, HeaderValue::from_static("true"));
+    }
+    response
+}
+
+fn accepted(instance: &InstanceId, id: &StimulusId, at: Millis, status: Status) -> HttpResponse {
+    let view = StatusView { id, instance, status, accepted_at: at, turn: None, reason: None };
+    let mut response = respond(StatusCode::ACCEPTED, wire::to_json(&view));
+    // Ids are made of characters that need no escape in a URL.
+    if let Ok(location) = HeaderValue::try_from(format!("/v1/stimuli/{id}?instance={instance}")) {
+        response.headers_mut().insert(actix_web::http::header::LOCATION, location);
+    }
+    response
+}
+
+/// Sends the stimulus and follows it.
+async fn stream(
+    caller: &Caller<'_>,
+    key: InstanceKey,
+    stimulus: Stimulus,
+    resume: Option<Resume>,
+) -> Result<HttpResponse, Problem> {
+    let id = stimulus.id.clone();
+    let resume = resume.filter(|resume| resume.stimulus == id);
+    if resume.as_ref().is_some_and(|resume| resume.has == Has::Turn) {
+        return Ok(HttpResponse::NoContent().finish());
+    }
+    let watch = caller.shared.router.hub().watch(&key);
+    let known = match already(caller, &key, &id, resume.is_some()).await? {
+        Some(known) => known,
+        None => {
+            let deadline = Duration::from_secs(caller.shared.config.max_wait_seconds);
+            let delivery = caller.shared.router.deliver(&key, stimulus.clone(), Until::Accepted);
+            let receipt = tokio::time::timeout(deadline, delivery).await.map_err(|_| Refusal::Timeout(deadline))??;
+            follow::known(receipt, || stimulus)
+        }
+    };
+    Ok(begin(caller, key, id, watch, known, resume))
+}
+
+/// What is known of a stimulus whose stream is resumed. One that was never accepted is sent again by the caller.
+async fn already(
+    caller: &Caller<'_>,
+    key: &InstanceKey,
+    id: &StimulusId,
+    resumed: bool,
+) -> Result<Option<Known>, Problem> {
+    if resumed { Ok(caller.shared.router.store().find(key, id).await?) } else { Ok(None) }
+}
+
+fn begin(
+    caller: &Caller<'_>,
+    key: InstanceKey,
+    stimulus: StimulusId,
+    watch: Watch,
+    known: Known,
+    resume: Option<Resume>,
+) -> HttpResponse {
+    let (sink, response) = sse::open(&caller.shared.meters);
+    let follow = Follow {
+        shared: Arc::clone(caller.shared),
+        key,
+        stimulus,
+        path: caller.request.path().to_owned(),
+        request_id: caller.request_id.to_owned(),
+        sink,
+        words: Words::new(resume.as_ref().map(|resume| resume.has)),
+    };
+    actix_web::rt::spawn(follow.run(watch, known, resume.is_some()));
+    response
+}
+
+fn resume(caller: &Caller<'_>) -> Result<Option<Resume>, Refusal> {
+    let bad = Refusal::Header { name: "last-event-id", why: "is not the id of an event of this stream" };
+    caller.header("last-event-id").map(|id| Resume::parse(id).ok_or(bad)).transpose()
+}
+
+/// `GET /v1/stimuli/{sid}`, with `Accept: text/event-stream` as a stream.
+///
+/// # Errors
+/// [`Problem`] when it is unknown, or known to several instances and none is named.
+pub async fn get(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
+    let id = caller.stimulus()?;
+    let query = caller.query(&["instance", "consistency"])?;
+    let instance = match query.instance.or_else(|| caller.who.instance.clone()) {
+        Some(instance) => instance,
+        None => locate(caller, &id).await?,
+    };
+    admission::within(&caller.who, &instance)?;
+    let key = caller.who.key(instance);
+    let streamed = admission::wants_events(caller.request.headers());
+    let watch = streamed.then(|| caller.shared.router.hub().watch(&key));
+    let known = caller.shared.router.store().find(&key, &id).await?.ok_or(Refusal::NoStimulus)?;
+    match watch {
+        None => Ok(respond(StatusCode::OK, status(caller, &key, &known))),
+        Some(watch) => {
+            let resume = resume(caller)?.filter(|resume| resume.stimulus == id);
+            if resume.as_ref().is_some_and(|resume| resume.has == Has::Turn) {
+                return Ok(HttpResponse::NoContent().finish());
+            }
+            Ok(begin(caller, key, id, watch, known, resume))
+        }
+    }
+}
+
+async fn locate(caller: &Caller<'_>, id: &StimulusId) -> Result<InstanceId, Problem> {
+    let mut found = caller.shared.router.store().locate(&caller.who.tenant, id).await?;
+    match found.len() {
+        0 => Err(Refusal::NoStimulus.into()),
+        1 => Ok(found.remove(0)),
+        _ => Err(Refusal::Ambiguous(found).into()),
+    }
+}
+
+fn status(caller: &Caller<'_>, key: &InstanceKey, known: &Known) -> Vec<u8> {
+    let (stimulus, status, turn, reason) = match known {
+        Known::Waiting(stimulus) => (&**stimulus, standing(caller, key, &stimulus.id), None, None),
+        Known::Decided(turn) => (&turn.stimulus, Status::Decided, Some((&**turn).into()), None),
+        Known::Dead(dead) => (&dead.stimulus, Status::Dead, None, Some(&*dead.reason)),
+    };
+    let accepted_at = stimulus.accepted_at;
+    wire::to_json(&StatusView { id: &stimulus.id, instance: &key.instance, status, accepted_at, turn, reason })
+}
