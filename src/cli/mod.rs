@@ -46,6 +46,8 @@ enum Command {
     Chat(chat::ChatArgs),
     /// Show an instance: profile, state, inbox, last turns, dead letters.
     Inspect(inspect::InspectArgs),
+    /// Measure a server under load, and check what it promised.
+    Load(Box<load::Args>),
 }
 
 #[derive(Debug, Subcommand)]
@@ -129,6 +131,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Config(ConfigCommand::Print(settings)) => settings::print(&settings),
         Command::Chat(args) => chat::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Load(args) => load::run(&args).map_err(|error| Failure::of(&error)),
     }
 }
 

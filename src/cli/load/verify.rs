@@ -294,6 +294,22 @@ impl Verdict {
         self.lost + self.doubled + self.disordered + self.moved + self.gaps
     }
 
+    /// Adds what another check found.
+    pub fn merge(&mut self, other: Verdict) {
+        self.instances += other.instances;
+        self.sent += other.sent;
+        self.acked += other.acked;
+        self.turns += other.turns;
+        self.foreign += other.foreign;
+        self.lost += other.lost;
+        self.doubled += other.doubled;
+        self.disordered += other.disordered;
+        self.moved += other.moved;
+        self.gaps += other.gaps;
+        self.examples.extend(other.examples);
+        self.examples.truncate(MAX_EXAMPLES);
+    }
+
     /// Holds one instance's turns, oldest first and complete, against what was sent to it.
     pub fn check_instance(&mut self, instance: &str, sent: &[Sent], turns: &[Seen]) {
         self.instances += 1;
@@ -456,6 +472,13 @@ mod tests {
         let log: Vec<_> = (1..=100).map(|n| sent("a", n, true)).collect();
         let verdict = check(&log, &[]);
         assert_eq!((verdict.lost, verdict.examples.len()), (100, MAX_EXAMPLES));
+    }
+
+    #[test]
+    fn verdicts_add_up() {
+        let mut verdict = check(&[sent("a", 1, true)], &[]);
+        verdict.merge(check(&[sent("a", 1, true)], &seen(&["a-1", "a-1"])));
+        assert_eq!((verdict.instances, verdict.lost, verdict.doubled, verdict.examples.len()), (2, 1, 1, 2));
     }
 
     fn lines(events: &[Event]) -> Vec<u8> {

@@ -34,6 +34,7 @@ use crate::{
 };
 
 mod admission;
+pub mod ceiling;
 mod events;
 mod follow;
 mod instances;

@@ -1,0 +1,176 @@
+//! What the box is and what the server takes from it, read from `/proc`; how fast the data folder syncs.
+//!
+//! Parsing is pure and tested at the foot; reading is Linux only, elsewhere figures are absent.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use serde::{Deserialize, Serialize};
+
+/// Clock ticks a second in `/proc/PID/stat`: USER_HZ, 100 on every Linux architecture Rust supports.
+const TICKS_PER_SECOND: u64 = 100;
+/// Longest time the sync probe takes.
+const PROBE_TIME: Duration = Duration::from_secs(1);
+/// Most syncs of the probe.
+const PROBE_SYNCS: u32 = 5_000;
+
+/// The box a figure was measured on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Machine {
+    /// CPU model.
+    pub cpu: String,
+    /// Cores this process may use.
+    pub cores: usize,
+    /// Memory, in MiB.
+    pub memory_mib: u64,
+    /// Kernel release.
+    pub kernel: String,
+    /// Load average (1 minute) when the measurement began: what else the box was doing.
+    pub load_average: f64,
+    /// 4 KiB appends with fdatasync a second in the data folder; `None` when the folder is not known.
+    pub fdatasyncs_per_second: Option<f64>,
+}
+
+impl Machine {
+    /// Looks at this machine and, when the folder is known, at its disk.
+    pub fn look(data_dir: Option<&Path>) -> Self {
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        Self {
+            cpu: cpu_model(&read("/proc/cpuinfo")).unwrap_or_else(|| "unknown".into()),
+            cores: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            memory_mib: field_kib(&read("/proc/meminfo"), "MemTotal:").unwrap_or(0) / 1024,
+            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+            load_average: read("/proc/loadavg").split(' ').next().and_then(|t| t.parse().ok()).unwrap_or(0.0),
+            fdatasyncs_per_second: data_dir.and_then(|dir| probe_sync(dir).ok()),
+        }
+    }
+}
+
+fn cpu_model(cpuinfo: &str) -> Option<String> {
+    let line = cpuinfo.lines().find(|l| l.starts_with("model name"))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+/// The value of a `Name:   123 kB` line.
+fn field_kib(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|l| l.strip_prefix(name))?.split_whitespace().next()?.parse().ok()
+}
+
+/// Appends 4 KiB and syncs, over and over.
+fn probe_sync(dir: &Path) -> io::Result<f64> {
+    let path = dir.join(format!(".sync-probe-{}", std::process::id()));
+    let mut file = File::create(&path)?;
+    let result = (|| {
+        let block = [0x5a; 4096];
+        let begin = Instant::now();
+        let mut syncs = 0;
+        while syncs < PROBE_SYNCS && begin.elapsed() < PROBE_TIME {
+            file.write_all(&block)?;
+            file.sync_data()?;
+            syncs += 1;
+        }
+        Ok(f64::from(syncs) / begin.elapsed().as_secs_f64().max(1e-9))
+    })();
+    fs::remove_file(&path)?;
+    result
+}
+
+/// What some processes have used so far, summed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// User and system time, in milliseconds.
+    pub cpu_ms: u64,
+    /// Resident memory, in KiB.
+    pub rss_kib: u64,
+    /// Threads.
+    pub threads: u64,
+    /// Context switches of the threads alive now, voluntary and not.
+    pub switches: u64,
+}
+
+impl Usage {
+    /// Looks at some processes; those that are gone count nothing.
+    pub fn of(pids: &[u32]) -> Self {
+        pids.iter().filter_map(|&pid| Self::of_one(pid)).fold(Self::default(), |sum, one| Self {
+            cpu_ms: sum.cpu_ms + one.cpu_ms,
+            rss_kib: sum.rss_kib + one.rss_kib,
+            threads: sum.threads + one.threads,
+            switches: sum.switches + one.switches,
+        })
+    }
+
+    fn of_one(pid: u32) -> Option<Self> {
+        let (cpu_ms, threads) = parse_stat(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)?;
+        let rss_kib = field_kib(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?, "VmRSS:").unwrap_or(0);
+        let tasks = fs::read_dir(format!("/proc/{pid}/task")).ok()?;
+        let statuses = tasks.flatten().filter_map(|task| fs::read_to_string(task.path().join("status")).ok());
+        let switches = statuses.map(|status| parse_switches(&status)).sum();
+        Some(Self { cpu_ms, rss_kib, threads, switches })
+    }
+
+    /// What was used since an earlier look. Memory and threads are those of now.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Self {
+        Self {
+            cpu_ms: self.cpu_ms.saturating_sub(earlier.cpu_ms),
+            switches: self.switches.saturating_sub(earlier.switches),
+            ..self
+        }
+    }
+}
+
+/// CPU milliseconds and threads from a `/proc/PID/stat` line.
+fn parse_stat(line: &str) -> Option<(u64, u64)> {
+    // The name in parentheses may itself hold spaces and parentheses: fields are counted after the last one.
+    let fields: Vec<&str> = line.rsplit_once(')')?.1.split_whitespace().collect();
+    let number = |at: usize| fields.get(at)?.parse::<u64>().ok();
+    let ticks = number(11)? + number(12)?;
+    Some((ticks * 1000 / TICKS_PER_SECOND, number(17)?))
+}
+
+fn parse_switches(status: &str) -> u64 {
+    let field = |name| field_kib(status, name).unwrap_or(0);
+    field("voluntary_ctxt_switches:") + field("nonvoluntary_ctxt_switches:")
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stat_line_is_read_whatever_the_name() {
+        let line = "7 (a (b) c) S 1 7 7 0 -1 4194560 900 0 0 0 250 50 3 4 20 0 9 0 12345 1000 200 1844";
+        assert_eq!(parse_stat(line), Some((3000, 9)));
+        assert_eq!(parse_stat("7 (x"), None);
+    }
+
+    #[test]
+    fn fields_are_found_by_name() {
+        let status = "Name:\tx\nVmRSS:\t   2048 kB\nvoluntary_ctxt_switches:\t5\nnonvoluntary_ctxt_switches:\t2\n";
+        assert_eq!(field_kib(status, "VmRSS:"), Some(2048));
+        assert_eq!(field_kib(status, "VmHWM:"), None);
+        assert_eq!(parse_switches(status), 7);
+        assert_eq!(cpu_model("processor\t: 0\nmodel name\t: AMD EPYC\n").as_deref(), Some("AMD EPYC"));
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn this_process_uses_something() {
+        let usage = Usage::of(&[std::process::id()]);
+        assert!(usage.rss_kib > 0 && usage.threads > 0, "{usage:?}");
+        assert_eq!(Usage::of(&[u32::MAX]), Usage::default());
+    }
+
+    #[test]
+    fn the_disk_is_probed_and_left_clean() {
+        let dir = tempfile::tempdir().unwrap();
+        let machine = Machine::look(Some(dir.path()));
+        assert!(machine.fdatasyncs_per_second.unwrap() > 0.0);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,147 @@
+//! `sophont load`: it measures what is there, keeps to its schedule when the server does not, and its checker finds what
+//! a server did wrong. Against a stand-in that misbehaves on demand, and against a real node.
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use stand_in::{Manner, StandIn};
+
+mod stand_in;
+
+/// Runs the command to its end; its output and its report.
+fn load(arguments: &[&str]) -> (Output, Value) {
+    let folder = TempDir::new().unwrap();
+    let json = folder.path().join("report.json");
+    let output = Command::new(env!("CARGO_BIN_EXE_sophont"))
+        .arg("load")
+        .args(arguments)
+        .arg("--json")
+        .arg(&json)
+        .arg("--data-dir")
+        .arg(folder.path())
+        .output()
+        .unwrap();
+    let report = std::fs::read(&json).map_or(Value::Null, |bytes| serde_json::from_slice(&bytes).unwrap());
+    (output, report)
+}
+
+/// A short run against a stand-in.
+fn load_stand_in(manner: Manner, arguments: &[&str]) -> (Output, Value) {
+    let server = StandIn::start(manner);
+    let (http, mqtt) = (format!("http://{}", server.http), server.mqtt.to_string());
+    let short = ["--url", &http, "--mqtt", &mqtt, "--instances", "40", "--warmup", "0", "--runs", "1"];
+    load(&[&short, arguments].concat())
+}
+
+#[track_caller]
+fn row(report: &Value, name: &str) -> f64 {
+    let rows = report["rows"].as_array().unwrap();
+    let row = rows.iter().find(|row| row["name"] == name).unwrap_or_else(|| panic!("no {name} in {rows:#?}"));
+    row["median"].as_f64().unwrap()
+}
+
+fn has_row(report: &Value, name: &str) -> bool {
+    report["rows"].as_array().unwrap().iter().any(|row| row["name"] == name)
+}
+
+#[track_caller]
+fn assert_done(output: &Output, code: i32) {
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(code), "{out}\n{err}");
+}
+
+const RATE: &[&str] = &["--rate", "1000", "--duration", "1", "--connections", "8", "--arrivals", "uniform"];
+
+#[test]
+fn an_open_loop_run_keeps_its_rate_and_verifies() {
+    let (output, report) = load_stand_in(Manner::Honest, &[RATE, &["--verify"]].concat());
+    assert_done(&output, 0);
+    let verdict = &report["verdict"];
+    assert_eq!((&verdict["sent"], &verdict["acked"]), (&1000.into(), &1000.into()), "{verdict:#}");
+    // The first stimuli of the 40 instances came before and are not in the log.
+    assert_eq!((&verdict["turns"], &verdict["foreign"]), (&1040.into(), &40.into()), "{verdict:#}");
+    assert!(!has_row(&report, "failed") && !has_row(&report, "unanswered"), "{report:#}");
+    let table = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(table.contains("open loop, 1,000 op/s") && table.contains("| latency p99 | ms |"), "{table}");
+}
+
+#[test]
+fn the_checker_finds_what_a_server_did_wrong() {
+    for (manner, violation) in [(Manner::Forgets, "lost"), (Manner::Repeats, "doubled"), (Manner::Swaps, "moved")] {
+        let (output, report) = load_stand_in(manner, &[RATE, &["--verify"]].concat());
+        assert_done(&output, 1);
+        assert!(report["verdict"][violation].as_u64().unwrap() > 0, "{manner:?}: {:#}", report["verdict"]);
+        assert!(String::from_utf8_lossy(&output.stdout).contains("VIOLATION"));
+    }
+}
+
+#[test]
+fn a_stalled_server_shows_in_the_percentiles() {
+    // 1,000 a second for a second, and half a second of silence: with at most 8 in flight a closed loop would see 8 slow
+    // answers in a thousand. From the intended start, nearly half of them are late.
+    let (output, report) = load_stand_in(Manner::Stalls, RATE);
+    assert_done(&output, 0);
+    assert!(row(&report, "latency p90") > 200.0, "{report:#}");
+}
+
+#[test]
+fn refusals_are_counted_and_are_no_acknowledgements() {
+    let (output, report) = load_stand_in(Manner::Refuses, &[RATE, &["--verify"]].concat());
+    assert_done(&output, 0);
+    let refused = row(&report, "refused with 429");
+    assert!(refused > 300.0 && refused < 400.0, "{report:#}");
+    let acked = report["verdict"]["acked"].as_f64().unwrap();
+    assert_eq!(acked + refused, 1000.0);
+}
+
+#[test]
+fn a_closed_loop_is_marked_as_such() {
+    let (output, report) =
+        load_stand_in(Manner::Honest, &["--scenario", "read-state", "--rate", "max", "--duration", "0.5"]);
+    assert_done(&output, 0);
+    assert!(report["generator"].as_str().unwrap().starts_with("closed loop"), "{report:#}");
+    assert!(row(&report, "throughput") > 0.0);
+}
+
+#[test]
+fn devices_are_acknowledged_and_answered_on_their_topics() {
+    let arguments = &["--scenario", "mqtt-qos1", "--window", "32", "--verify"];
+    let (output, report) = load_stand_in(Manner::Honest, &[RATE, arguments].concat());
+    assert_done(&output, 0);
+    assert!(row(&report, "latency p99") > 0.0 && row(&report, "reply on topic p99") > 0.0, "{report:#}");
+    for trouble in ["failed", "unanswered", "replies missing"] {
+        assert!(!has_row(&report, trouble), "{report:#}");
+    }
+    assert_eq!(report["verdict"]["acked"], 1000, "{report:#}");
+    let (output, report) = load_stand_in(Manner::Forgets, &[RATE, arguments].concat());
+    assert_done(&output, 1);
+    assert!(report["verdict"]["lost"].as_u64().unwrap() > 0);
+    let (output, report) = load_stand_in(Manner::Swaps, &[RATE, arguments].concat());
+    assert_done(&output, 1);
+    assert!(report["verdict"]["disordered"].as_u64().unwrap() > 0, "{:#}", report["verdict"]);
+}
+
+#[test]
+fn a_report_is_compared_with_an_earlier_one() {
+    let folder = TempDir::new().unwrap();
+    let earlier = folder.path().join("earlier.json");
+    let (_, report) = load_stand_in(Manner::Honest, RATE);
+    std::fs::write(&earlier, report.to_string()).unwrap();
+    let (output, _) = load_stand_in(Manner::Honest, &[RATE, &["--compare", earlier.to_str().unwrap()]].concat());
+    assert_done(&output, 0);
+    assert!(String::from_utf8_lossy(&output.stdout).contains("compared with post-durable"));
+    std::fs::write(&earlier, "{}").unwrap();
+    let (output, _) = load_stand_in(Manner::Honest, &[RATE, &["--compare", earlier.to_str().unwrap()]].concat());
+    assert_done(&output, 1);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("is no report"));
+}
+
+#[test]
+fn a_missing_server_is_said_with_a_hint() {
+    let (output, _) = load(&["--url", "http://127.0.0.1:9"]);
+    assert_done(&output, 1);
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("connecting to 127.0.0.1:9") && text.contains("hint:"), "{text}");
+}
