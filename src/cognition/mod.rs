@@ -2,7 +2,7 @@
 //!
 //! Owns: the [`Engine`] port and the built-in engines. Not here: memory (recollection is handed in), the commit of what was
 //! thought (`instance`), and any knowledge of actors or stores.
-//! Tests: rules and actions at the foot of `reflex.rs`; engines in `tests/it/thinking.rs`.
+//! Tests: rules and actions at the foot of `reflex.rs`; engines at the foot of their files and in `tests/it/thinking.rs`.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,7 +13,13 @@ use crate::types::{
     TurnRecord, Usage,
 };
 
+pub mod answer;
+mod engines;
+pub mod llm;
 pub mod reflex;
+pub mod scripted;
+
+pub use engines::Engines;
 
 /// A decision's building block. Rules and engines both yield these; `instance::turn` turns them into one record.
 #[derive(Debug, Clone, PartialEq)]
@@ -173,6 +179,11 @@ pub trait Engine: Send + Sync {
     fn pace(&self, profile: &Profile) -> Pace;
     /// How many episodes it wants recalled, and how many recent turns.
     fn wants(&self, profile: &Profile) -> (usize, usize);
+    /// The same for one stimulus: an engine that needs less for it says so and saves the search.
+    fn wants_for(&self, profile: &Profile, stimulus: &Stimulus) -> (usize, usize) {
+        let _ = stimulus;
+        self.wants(profile)
+    }
     /// Thinks. Dropping the future cancels the thought; nothing it did may outlive it.
     ///
     /// # Errors

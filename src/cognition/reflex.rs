@@ -68,6 +68,11 @@ impl Fault for RuleError {
     }
 }
 
+/// A merge patch of dotted paths and constant values, as `set` takes them; texts in it are taken as they are.
+pub(super) fn fixed_patch(paths: &serde_json::Map<String, Value>) -> Result<Value, String> {
+    action::fixed_patch(paths).map_err(|(part, flaw)| format!("set{part}: {}", flaw.reason))
+}
+
 /// Why a rule that matched could not be carried out. Repeating the stimulus cannot cure it; another profile or stimulus can.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("reflexes[{rule}].do[{action}].{part}: {reason}")]

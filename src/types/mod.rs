@@ -14,6 +14,7 @@ pub mod state;
 pub mod stimulus;
 pub mod time;
 pub mod turn;
+pub mod words;
 
 pub use auth::{AuthContext, Principal, Scope};
 pub use error::{Fault, Kind};

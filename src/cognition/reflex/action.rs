@@ -11,7 +11,10 @@ use super::{
 };
 use crate::{
     cognition::Action,
-    types::{Channel, EpisodeDraft, InstanceId, Millis, RawJson, Reply, limits::MAX_REMIND_AHEAD_MS},
+    types::{
+        Channel, EpisodeDraft, InstanceId, Millis, RawJson, Reply,
+        limits::{MAX_JSON_DEPTH, MAX_REMIND_AHEAD_MS},
+    },
 };
 
 /// Where in an action something is wrong, such as `publish.channel`, and what.
@@ -341,30 +344,39 @@ fn set(body: &Value) -> Result<Deed, Misfit> {
     }
     let mut entries = Vec::with_capacity(map.len());
     for (name, value) in map {
-        let here = |reason: &str| (format!("['{name}']"), Flaw::new(0, reason));
-        let path: Vec<String> = name.split('.').map(str::to_owned).collect();
-        if !matches!(path[0].as_str(), "desired" | "reported") || path.iter().any(String::is_empty) {
-            return Err(here("a path begins with 'desired.' or 'reported.' and has no empty part"));
-        }
-        if path.len() > crate::types::limits::MAX_JSON_DEPTH {
-            return Err(here("the path is too deep"));
-        }
-        if path.len() == 1 && !value.is_object() {
-            return Err(here("the whole of it can only be merged with an object, name a field such as reported.hot"));
-        }
+        let path = state_path(name, value)?;
         let pattern = Pattern::compile(value).map_err(|flaw| (format!("['{name}']"), flaw))?;
         entries.push((path, pattern));
     }
-    if entries.iter().any(|(_, pattern)| !matches!(pattern, Pattern::Fixed(_))) {
-        return Ok(Deed::Set(entries));
+    if entries.iter().all(|(_, pattern)| matches!(pattern, Pattern::Fixed(_))) {
+        return fixed_patch(map).map(Deed::SetFixed);
     }
+    Ok(Deed::Set(entries))
+}
+
+/// The path `reported.a.b` names, checked.
+fn state_path(name: &str, value: &Value) -> Result<Vec<String>, Misfit> {
+    let here = |reason: &str| (format!("['{name}']"), Flaw::new(0, reason));
+    let path: Vec<String> = name.split('.').map(str::to_owned).collect();
+    if !matches!(path[0].as_str(), "desired" | "reported") || path.iter().any(String::is_empty) {
+        return Err(here("a path begins with 'desired.' or 'reported.' and has no empty part"));
+    }
+    if path.len() > MAX_JSON_DEPTH {
+        return Err(here("the path is too deep"));
+    }
+    if path.len() == 1 && !value.is_object() {
+        return Err(here("the whole of it can only be merged with an object, name a field such as reported.hot"));
+    }
+    Ok(path)
+}
+
+/// The merge patch of constant values.
+pub(super) fn fixed_patch(map: &Map<String, Value>) -> Result<Value, Misfit> {
     let mut patch = Map::new();
-    for (path, pattern) in entries {
-        if let Pattern::Fixed(value) = pattern {
-            insert(&mut patch, &path, value);
-        }
+    for (name, value) in map {
+        insert(&mut patch, &state_path(name, value)?, value.clone());
     }
-    Ok(Deed::SetFixed(Value::Object(patch)))
+    Ok(Value::Object(patch))
 }
 
 /// Puts a value at a path of a merge patch; a later entry wins over an earlier one.

@@ -1,0 +1,96 @@
+//! The engines of a node, by name.
+//!
+//! Not here: the engines themselves. Tests: at the foot.
+
+use std::sync::Arc;
+
+use super::{Engine, Error, answer::Extractive, llm::Llm, scripted::Scripted};
+use crate::{
+    config,
+    types::{Profile, profile::EngineName},
+};
+
+/// All engines, ready to be asked. Cheap to clone.
+#[derive(Clone)]
+pub struct Engines {
+    default: EngineName,
+    reflex: Arc<dyn Engine>,
+    scripted: Arc<dyn Engine>,
+    llm: Arc<dyn Engine>,
+    /// The same as `llm`, for checking profiles.
+    models: Arc<Llm>,
+}
+
+impl Engines {
+    /// Builds them from the configuration. No provider is called yet.
+    ///
+    /// # Errors
+    /// [`Error`] when a provider's address or key is wrong or missing, or the default provider is unknown.
+    pub fn new(config: &config::Cognition) -> Result<Self, Error> {
+        let models = Arc::new(Llm::new(config)?);
+        Ok(Self {
+            default: config.default_engine,
+            reflex: Arc::new(Extractive),
+            scripted: Arc::new(Scripted::default()),
+            llm: models.clone(),
+            models,
+        })
+    }
+
+    /// The engine of that name.
+    pub fn get(&self, name: EngineName) -> &Arc<dyn Engine> {
+        match name {
+            EngineName::Reflex => &self.reflex,
+            EngineName::Scripted => &self.scripted,
+            EngineName::Llm => &self.llm,
+        }
+    }
+
+    /// The engine a profile names, or the node's default.
+    pub fn of(&self, profile: &Profile) -> &Arc<dyn Engine> {
+        self.get(profile.engine.unwrap_or(self.default))
+    }
+
+    /// Checks what a profile says to its engine, before it is stored. Rules are checked by
+    /// [`RuleSet::compile`](super::reflex::RuleSet::compile).
+    ///
+    /// # Errors
+    /// [`Error`] says what is wrong: an unknown provider, no model, a bad script.
+    pub fn check(&self, profile: &Profile) -> Result<(), Error> {
+        if profile.script.is_some() {
+            Scripted::check(profile)?;
+        }
+        match profile.engine.unwrap_or(self.default) {
+            EngineName::Llm => self.models.check(profile),
+            EngineName::Reflex | EngineName::Scripted => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn profiles_are_checked_against_their_engine() {
+        let engines = Engines::new(&config::Cognition {
+            default_engine: EngineName::Reflex,
+            default_provider: String::new(),
+            think_seconds: 1,
+            providers: std::collections::BTreeMap::new(),
+        })
+        .unwrap();
+        let with = |engine, script| Profile { engine, script, ..Profile::default() };
+        assert_eq!(engines.of(&with(None, None)).name(), "reflex");
+        for name in [EngineName::Reflex, EngineName::Scripted, EngineName::Llm] {
+            assert_eq!(engines.get(name).name(), name.as_str());
+        }
+        assert!(engines.check(&with(None, None)).is_ok());
+        assert!(engines.check(&with(Some(EngineName::Scripted), Some(json!({"delay_ms": 5})))).is_ok());
+        assert!(matches!(engines.check(&with(None, Some(json!({"dely_ms": 5})))), Err(Error::Settings(_))));
+        assert!(matches!(engines.check(&with(Some(EngineName::Llm), None)), Err(Error::NoProvider(_))));
+    }
+}

@@ -1,0 +1,516 @@
+//! One call to an OpenAI-compatible chat endpoint: ask, read the stream, say how it ended.
+//!
+//! Owns: the wire format, the idle limit, what a status or a broken stream means, and getting along with servers that refuse
+//! or omit optional fields. Not here: retries, places and the breaker (`mod.rs`).
+//! Invariants: everything read is bounded; a key never reaches a log or an error text; dropping the future closes the
+//! connection, which is how the provider learns that nobody listens.
+//! Tests: at the foot; `tests/it/thinking.rs` against a server that misbehaves.
+
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
+use reqwest::{
+    Response, StatusCode,
+    header::{ACCEPT, CONTENT_TYPE, DATE, HeaderMap, RETRY_AFTER},
+};
+use secrecy::{ExposeSecret, SecretString};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tokio::time::timeout;
+
+use super::{
+    prompt::Message,
+    sse::{Event, Parser},
+};
+use crate::{
+    cognition::Progress,
+    types::{Usage, limits::MAX_ANSWER_BYTES},
+};
+
+/// Most bytes read of an answer that is no stream, and of an error's body.
+const MAX_BODY_BYTES: usize = 4 * MAX_ANSWER_BYTES;
+const MAX_ERROR_BYTES: usize = 16 * 1024;
+/// Most characters of a provider's own words in an error.
+const MAX_ERROR_CHARS: usize = 300;
+
+/// What is asked.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ask<'a> {
+    pub(super) model: &'a str,
+    pub(super) messages: &'a [Message],
+    pub(super) max_tokens: u32,
+}
+
+/// What came back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Answer {
+    pub(super) text: String,
+    /// As the provider counted, or estimated when it did not.
+    pub(super) usage: Usage,
+}
+
+/// Why nothing came back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Failure {
+    /// Repeating does not help.
+    Refused(String),
+    /// Repeating may help, not before `after` if the provider said so. `alive`: it answered, so it is not broken.
+    Again { reason: String, after: Option<Duration>, alive: bool },
+    /// The server does not take one of our optional fields; the next call leaves it out.
+    Adapted,
+}
+
+/// Passes words on, and knows whether there were any.
+pub(super) struct Voice<'p> {
+    progress: &'p dyn Progress,
+    spoken: bool,
+}
+
+impl<'p> Voice<'p> {
+    pub(super) fn new(progress: &'p dyn Progress) -> Self {
+        Self { progress, spoken: false }
+    }
+
+    fn say(&mut self, text: &str) {
+        self.spoken = true;
+        self.progress.token(text);
+    }
+
+    /// Whether anything was said since the last restart.
+    pub(super) fn has_spoken(&self) -> bool {
+        self.spoken
+    }
+
+    /// What was said so far is void.
+    pub(super) fn restart(&mut self) {
+        if std::mem::take(&mut self.spoken) {
+            self.progress.restart();
+        }
+    }
+}
+
+/// The endpoint of one provider.
+#[derive(Debug)]
+pub(super) struct Client {
+    http: reqwest::Client,
+    url: String,
+    key: Option<SecretString>,
+    idle: Duration,
+    /// The server refuses `stream_options`.
+    no_stream_options: AtomicBool,
+    /// The server wants `max_completion_tokens` instead of `max_tokens`.
+    completion_tokens: AtomicBool,
+}
+
+#[derive(Serialize)]
+struct Body<'a> {
+    model: &'a str,
+    messages: &'a [Message],
+    stream: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stream_options: Option<StreamOptions>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_tokens: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_completion_tokens: Option<u32>,
+}
+
+#[derive(Serialize)]
+struct StreamOptions {
+    include_usage: bool,
+}
+
+impl Client {
+    /// `base_url` goes up to and including `/v1`.
+    pub(super) fn new(http: reqwest::Client, base_url: &str, key: Option<SecretString>, idle: Duration) -> Self {
+        let url = format!("{}/chat/completions", base_url.trim_end_matches('/'));
+        let flag = || AtomicBool::new(false);
+        Self { http, url, key, idle, no_stream_options: flag(), completion_tokens: flag() }
+    }
+
+    /// Makes the call once. Cancel safe: dropping it closes the connection.
+    pub(super) async fn call(&self, ask: Ask<'_>, voice: &mut Voice<'_>) -> Result<Answer, Failure> {
+        let completion_tokens = self.completion_tokens.load(Ordering::Acquire);
+        let stream_options =
+            (!self.no_stream_options.load(Ordering::Acquire)).then_some(StreamOptions { include_usage: true });
+        let body = Body {
+            model: ask.model,
+            messages: ask.messages,
+            stream: true,
+            stream_options,
+            max_tokens: (!completion_tokens).then_some(ask.max_tokens),
+            max_completion_tokens: completion_tokens.then_some(ask.max_tokens),
+        };
+        let mut request = self.http.post(&self.url).header(ACCEPT, "text/event-stream").json(&body);
+        if let Some(key) = &self.key {
+            request = request.bearer_auth(key.expose_secret());
+        }
+        let sent = timeout(self.idle, request.send()).await.map_err(|_| self.silence())?;
+        let response = sent.map_err(|error| broken(&error))?;
+        if !response.status().is_success() {
+            return Err(self.refusal(response).await);
+        }
+        let is_json = content_type(&response).starts_with("application/json");
+        let reading =
+            if is_json { self.read_whole(response, voice).await? } else { self.read_stream(response, voice).await? };
+        Ok(reading.answer(ask))
+    }
+
+    async fn read_stream(&self, mut response: Response, voice: &mut Voice<'_>) -> Result<Reading, Failure> {
+        let mut parser = Parser::default();
+        let mut reading = Reading::default();
+        let mut events = Vec::new();
+        while !reading.done {
+            // Once the answer is complete, only its figures can follow: a server that ends untidily did answer.
+            let portion = match timeout(self.idle, response.chunk()).await {
+                Ok(Ok(portion)) => portion,
+                _ if reading.finished => break,
+                Ok(Err(error)) => return Err(broken(&error)),
+                Err(_) => return Err(self.silence()),
+            };
+            match &portion {
+                Some(bytes) => {
+                    parser.push(bytes, &mut events).map_err(|error| Failure::Refused(error.to_string()))?;
+                }
+                None => events.extend(parser.finish()),
+            }
+            for event in events.drain(..) {
+                if let Some(piece) = reading.take(&event)? {
+                    voice.say(&piece);
+                }
+            }
+            if portion.is_none() {
+                break;
+            }
+        }
+        if reading.done || reading.finished {
+            return Ok(reading);
+        }
+        Err(Failure::Again {
+            reason: String::from("the stream ended before the answer did"),
+            after: None,
+            alive: false,
+        })
+    }
+
+    /// A server that does not stream answers in one piece.
+    async fn read_whole(&self, mut response: Response, voice: &mut Voice<'_>) -> Result<Reading, Failure> {
+        let body = self.read_body(&mut response, MAX_BODY_BYTES).await?;
+        let mut reading = Reading::default();
+        let event = Event { name: String::new(), data: String::from_utf8_lossy(&body).into_owned() };
+        if let Some(piece) = reading.take(&event)? {
+            voice.say(&piece);
+        }
+        Ok(reading)
+    }
+
+    async fn read_body(&self, response: &mut Response, most: usize) -> Result<Vec<u8>, Failure> {
+        let mut body = Vec::new();
+        loop {
+            let portion = timeout(self.idle, response.chunk()).await.map_err(|_| self.silence())?;
+            match portion.map_err(|error| broken(&error))? {
+                None => return Ok(body),
+                Some(bytes) => body.extend_from_slice(&bytes[..bytes.len().min(most - body.len())]),
+            }
+            if body.len() >= most {
+                return Ok(body);
+            }
+        }
+    }
+
+    async fn refusal(&self, mut response: Response) -> Failure {
+        let status = response.status();
+        let after = retry_after(response.headers());
+        let body = self.read_body(&mut response, MAX_ERROR_BYTES).await.unwrap_or_default();
+        let words = self.hide_key(message_of(&body));
+        if matches!(status, StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY) && self.adapt(&words) {
+            return Failure::Adapted;
+        }
+        let words: String = words.chars().take(MAX_ERROR_CHARS).collect();
+        judge(status, after, &words)
+    }
+
+    /// Whether the refusal names an optional field that the next call can do without.
+    fn adapt(&self, words: &str) -> bool {
+        if words.contains("max_completion_tokens") {
+            return !self.completion_tokens.swap(true, Ordering::AcqRel);
+        }
+        if words.contains("stream_options") || words.contains("include_usage") {
+            return !self.no_stream_options.swap(true, Ordering::AcqRel);
+        }
+        false
+    }
+
+    fn hide_key(&self, words: String) -> String {
+        match &self.key {
+            Some(key) if !key.expose_secret().is_empty() => words.replace(key.expose_secret(), "(key)"),
+            _ => words,
+        }
+    }
+
+    fn silence(&self) -> Failure {
+        Failure::Again { reason: format!("nothing came for {} s", self.idle.as_secs_f32()), after: None, alive: false }
+    }
+}
+
+fn content_type(response: &Response) -> String {
+    response.headers().get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default().to_ascii_lowercase()
+}
+
+/// A connection that could not be made or broke.
+fn broken(error: &reqwest::Error) -> Failure {
+    let mut reason =
+        if error.is_connect() { String::from("cannot connect") } else { String::from("the connection broke") };
+    // The innermost cause says it best: "connection refused".
+    let mut source = std::error::Error::source(error);
+    while let Some(inner) = source {
+        if inner.source().is_none() {
+            reason = format!("{reason}: {inner}");
+        }
+        source = inner.source();
+    }
+    Failure::Again { reason, after: None, alive: false }
+}
+
+/// What a status other than success means.
+fn judge(status: StatusCode, after: Option<Duration>, words: &str) -> Failure {
+    let reason = if words.is_empty() {
+        format!("HTTP {}", status.as_u16())
+    } else {
+        format!("HTTP {}: {words}", status.as_u16())
+    };
+    match status {
+        StatusCode::TOO_MANY_REQUESTS => Failure::Again { reason, after, alive: true },
+        status if status == StatusCode::REQUEST_TIMEOUT || status.is_server_error() => {
+            Failure::Again { reason, after, alive: false }
+        }
+        _ => Failure::Refused(reason),
+    }
+}
+
+/// `Retry-After`: seconds, or a date, which is read against the answer's own `Date`.
+fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
+    let wanted = text(RETRY_AFTER)?.trim();
+    if let Ok(seconds) = wanted.parse::<u32>() {
+        return Some(Duration::from_secs(u64::from(seconds)));
+    }
+    let second = |date: &str| jiff::fmt::rfc2822::parse(date).ok().map(|date| date.timestamp().as_second());
+    let wait = second(wanted)? - second(text(DATE)?)?;
+    Some(Duration::from_secs(u64::try_from(wait).unwrap_or(0)))
+}
+
+/// The provider's own words in an error's body: `error.message`, `error`, `message`, or the text itself.
+fn message_of(body: &[u8]) -> String {
+    let text = String::from_utf8_lossy(body);
+    let Ok(json) = serde_json::from_str::<Value>(&text) else { return text.trim().to_owned() };
+    error_words(json.get("error").unwrap_or(&json))
+}
+
+fn error_words(error: &Value) -> String {
+    match error.get("message").unwrap_or(error) {
+        Value::String(words) => words.clone(),
+        other => other.to_string(),
+    }
+}
+
+#[derive(Deserialize)]
+struct Chunk {
+    #[serde(default)]
+    choices: Vec<Choice>,
+    #[serde(default)]
+    usage: Option<WireUsage>,
+    #[serde(default)]
+    error: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct Choice {
+    #[serde(default)]
+    delta: Option<Said>,
+    #[serde(default)]
+    message: Option<Said>,
+    #[serde(default)]
+    finish_reason: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Said {
+    #[serde(default)]
+    content: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct WireUsage {
+    #[serde(default)]
+    prompt_tokens: u64,
+    #[serde(default)]
+    completion_tokens: u64,
+}
+
+/// An answer while it arrives.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Reading {
+    text: String,
+    usage: Option<Usage>,
+    /// Pieces with text in them.
+    pieces: u64,
+    /// The provider said why it stopped.
+    finished: bool,
+    /// Nothing more is wanted.
+    done: bool,
+}
+
+impl Reading {
+    /// Takes an event and yields the words in it.
+    fn take(&mut self, event: &Event) -> Result<Option<String>, Failure> {
+        let data = event.data.trim();
+        if data == "[DONE]" {
+            self.done = true;
+            return Ok(None);
+        }
+        if data.is_empty() {
+            return Ok(None);
+        }
+        let again = |reason: String| Failure::Again { reason, after: None, alive: false };
+        let chunk: Chunk = serde_json::from_str(data).map_err(|error| again(format!("unreadable answer: {error}")))?;
+        if let Some(error) = chunk.error.filter(|error| !error.is_null()) {
+            let words: String = error_words(&error).chars().take(MAX_ERROR_CHARS).collect();
+            return Err(again(format!("the provider gave up: {words}")));
+        }
+        if let Some(usage) = chunk.usage {
+            self.usage = Some(Usage { input_tokens: usage.prompt_tokens, output_tokens: usage.completion_tokens });
+        }
+        let Some(choice) = chunk.choices.into_iter().next() else { return Ok(None) };
+        self.finished |= choice.finish_reason.is_some() || choice.message.is_some();
+        let mut piece = choice.delta.or(choice.message).and_then(|said| said.content).unwrap_or_default();
+        let room = MAX_ANSWER_BYTES - self.text.len();
+        if piece.len() > room {
+            // An endless answer is cut, at a character, and the connection closed.
+            piece.truncate((0..=room).rev().find(|&at| piece.is_char_boundary(at)).unwrap_or(0));
+            self.done = true;
+        }
+        if piece.is_empty() {
+            return Ok(None);
+        }
+        self.pieces += 1;
+        self.text.push_str(&piece);
+        Ok(Some(piece))
+    }
+
+    /// The finished answer. Without the provider's count, a token is taken for a piece of the stream going out and for four
+    /// bytes going in.
+    fn answer(self, ask: Ask<'_>) -> Answer {
+        let estimate = || {
+            let bytes: usize = ask.messages.iter().map(|message| message.content.len()).sum();
+            Usage { input_tokens: bytes.div_ceil(4) as u64, output_tokens: self.pieces }
+        };
+        let usage = self.usage.unwrap_or_else(estimate);
+        Answer { text: self.text, usage }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use reqwest::header::HeaderValue;
+
+    use super::*;
+
+    fn event(data: &str) -> Event {
+        Event { name: String::new(), data: data.to_owned() }
+    }
+
+    #[test]
+    fn a_stream_is_read_to_its_end_with_its_usage() {
+        let mut reading = Reading::default();
+        let mut words = Vec::new();
+        for data in [
+            r#"{"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}],"usage":null}"#,
+            r#"{"choices":[{"delta":{"content":"Hel"},"finish_reason":null}]}"#,
+            r#"{"choices":[{"delta":{"content":"lo"},"finish_reason":null}]}"#,
+            r#"{"choices":[{"delta":{},"finish_reason":"stop"}]}"#,
+            r#"{"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":2,"total_tokens":7}}"#,
+            "[DONE]",
+        ] {
+            words.extend(reading.take(&event(data)).unwrap());
+        }
+        assert_eq!(words, ["Hel", "lo"]);
+        assert!(reading.finished && reading.done);
+        let answer = reading.answer(Ask { model: "m", messages: &[], max_tokens: 1 });
+        assert_eq!(answer, Answer { text: "Hello".into(), usage: Usage { input_tokens: 5, output_tokens: 2 } });
+    }
+
+    #[test]
+    fn missing_usage_is_estimated() {
+        let mut reading = Reading::default();
+        for piece in ["a", "b", "c"] {
+            reading.take(&event(&format!(r#"{{"choices":[{{"delta":{{"content":"{piece}"}}}}]}}"#))).unwrap();
+        }
+        let messages = [Message { role: "user", content: "x".repeat(10) }];
+        let usage = reading.answer(Ask { model: "m", messages: &messages, max_tokens: 1 }).usage;
+        assert_eq!(usage, Usage { input_tokens: 3, output_tokens: 3 });
+    }
+
+    #[test]
+    fn an_endless_answer_is_cut_at_a_character() {
+        let mut reading = Reading::default();
+        let piece = "é".repeat(MAX_ANSWER_BYTES / 2 - 1) + "a";
+        let data = serde_json::json!({"choices": [{"delta": {"content": piece}}]}).to_string();
+        reading.take(&event(&data)).unwrap();
+        assert!(!reading.done);
+        reading.take(&event(&data)).unwrap();
+        assert!(reading.done && reading.text.len() <= MAX_ANSWER_BYTES);
+    }
+
+    #[test]
+    fn errors_within_a_stream_may_be_tried_again() {
+        for data in [r#"{"error":{"message":"overloaded","code":529}}"#, r#"{"error":"overloaded"}"#, "{not json"] {
+            assert!(matches!(Reading::default().take(&event(data)), Err(Failure::Again { .. })), "{data}");
+        }
+    }
+
+    #[test]
+    fn statuses_are_judged() {
+        let judged = |status: u16| judge(StatusCode::from_u16(status).unwrap(), Some(Duration::from_secs(2)), "no");
+        for status in [400, 401, 403, 404, 413, 422, 302] {
+            assert!(matches!(judged(status), Failure::Refused(_)), "{status}");
+        }
+        for (status, lives) in [(408, false), (429, true), (500, false), (502, false), (503, false), (529, false)] {
+            let Failure::Again { reason, after, alive } = judged(status) else { panic!("{status}") };
+            assert_eq!((reason, after, alive), (format!("HTTP {status}: no"), Some(Duration::from_secs(2)), lives));
+        }
+    }
+
+    #[test]
+    fn retry_after_is_seconds_or_a_date() {
+        let headers = |after: &'static str, date: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(RETRY_AFTER, HeaderValue::from_static(after));
+            headers.insert(DATE, HeaderValue::from_static(date));
+            retry_after(&headers)
+        };
+        let date = "Sat, 21 Nov 2026 05:10:00 GMT";
+        assert_eq!(headers("7", date), Some(Duration::from_secs(7)));
+        assert_eq!(headers("Sat, 21 Nov 2026 05:10:30 GMT", date), Some(Duration::from_secs(30)));
+        assert_eq!(headers("Sat, 21 Nov 2026 05:00:00 GMT", date), Some(Duration::ZERO));
+        assert_eq!(headers("soon", date), None);
+        assert_eq!(headers("-1", date), None);
+        assert_eq!(retry_after(&HeaderMap::new()), None);
+    }
+
+    #[test]
+    fn a_providers_words_are_found_and_the_key_is_not_among_them() {
+        assert_eq!(message_of(br#"{"error":{"message":"bad model","type":"x"}}"#), "bad model");
+        assert_eq!(message_of(br#"{"error":"bad"}"#), "bad");
+        assert_eq!(message_of(br#"{"message":"worse"}"#), "worse");
+        assert_eq!(message_of(b" <html>oops</html> "), "<html>oops</html>");
+        let key = Some(SecretString::from("sk-secret"));
+        let client = Client::new(reqwest::Client::new(), "http://127.0.0.1:1/v1/", key, Duration::from_secs(1));
+        assert_eq!(client.url, "http://127.0.0.1:1/v1/chat/completions");
+        assert_eq!(client.hide_key("wrong key sk-secret".into()), "wrong key (key)");
+        assert!(!format!("{client:?}").contains("sk-secret"));
+    }
+}
