@@ -1,14 +1,41 @@
 //! Sending what turns decided: at least once, in commit order per instance, keyed by effect id.
 //!
+//! Owns: the [`Courier`], which carries effects out; the pure parts it decides with (which effect becomes which call, whose
+//! turn it is, how far the log is dealt with, how long to wait); the webhook client.
 //! Not here: the decision (`instance::turn`), the wire (`gateway`), which plugs in through [`Publisher`] and [`Acceptor`].
+//!
 //! The turn log is the outbox: delivery follows it from a durable position, so an effect needs no row of its own unless its
-//! target does not answer.
-//! Tests: `tests/it/delivery.rs`.
+//! target does not answer. Invariants: the position never passes an effect that is neither delivered nor put off durably;
+//! effects of one instance reach one target in the order of their commits.
+//! Tests: at the foot of the pure parts; `tests/it/delivery.rs`.
 
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use crate::types::{InstanceKey, ReplyTo, Stimulus, TenantId};
+use crate::types::{Fault, InstanceKey, Kind, ReplyTo, Stimulus, TenantId};
+
+mod backoff;
+mod courier;
+mod lanes;
+mod plan;
+mod webhook;
+mod window;
+
+pub use courier::{Courier, Observed, Parts};
+
+/// Why delivery cannot start.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    /// The client for webhooks could not be made.
+    #[error("the webhook client could not be made: {0}")]
+    Client(String),
+}
+
+impl Fault for Error {
+    fn kind(&self) -> Kind {
+        Kind::Internal
+    }
+}
 
 /// A message to the outside over MQTT.
 #[derive(Debug, Clone, PartialEq)]

@@ -75,6 +75,10 @@ metrics! {
     DELIVERED = Counter "sophont_delivery_effects_total";
     /// Failed attempts, by kind.
     DELIVERY_FAILURES = Counter "sophont_delivery_failures_total";
+    /// Effects given up, by kind.
+    DELIVERY_GIVEN_UP = Counter "sophont_delivery_given_up_total";
+    /// Effects read from the log and neither delivered nor put off.
+    DELIVERY_OPEN = Gauge "sophont_delivery_open_effects";
     /// Model calls, by provider and result.
     MODEL_CALLS = Counter "sophont_cognition_model_calls_total";
     /// Model call time in seconds, by provider.

@@ -70,3 +70,15 @@ pub const STREAM_STALL_SECONDS: u64 = 30;
 pub const STREAM_SECONDS: u64 = 3600;
 /// Longest name of a sender, in bytes.
 pub const MAX_SENDER_BYTES: usize = 256;
+/// Most effects delivery has taken from the log and neither delivered nor put off.
+pub const DELIVERY_OPEN: usize = 4096;
+/// Turns delivery reads from the log at once.
+pub const DELIVERY_BATCH: usize = 256;
+/// Most publishes, and most stimuli for instances, delivery has under way at once.
+pub const DELIVERY_UNDER_WAY: usize = 1024;
+/// Most webhook calls under way at once.
+pub const DELIVERY_WEBHOOKS: usize = 64;
+/// Most effects of one instance that wait behind one that its target did not take; beyond it the oldest is given up.
+pub const DELIVERY_BEHIND: usize = 10_000;
+/// Most put-off effects whose order is remembered over a restart.
+pub const DELIVERY_RESUMED: usize = 100_000;

@@ -4,24 +4,55 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{File, assert_complaint, assert_tidy, read};
 
-/// Settings of the default configuration that the document does not name. A key counts as named when the section's text
-/// (from a heading with `[section]` to the next heading) has it in backticks.
-pub fn undocumented_keys(defaults: &str, document: &str) -> Vec<String> {
-    let table: toml::Table = toml::from_str(defaults).expect("config/default.toml is TOML");
+const DEFAULTS: &str = "config/default.toml";
+const SETTINGS: &str = "docs/configuration.md";
+
+/// A line of the default configuration that gives a key, in force or (`# key = …`) absent by default.
+struct Setting<'a> {
+    section: &'a str,
+    key: &'a str,
+    line: usize,
+    explained: bool,
+}
+
+/// All settings of the default configuration.
+fn settings(defaults: &str) -> Vec<Setting<'_>> {
+    let mut section = "";
+    let mut before = "";
+    let mut found = Vec::new();
+    for (at, line) in defaults.lines().enumerate() {
+        let bare = line.strip_prefix("# ").unwrap_or(line);
+        let word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+        if bare.starts_with('[') && bare.ends_with(']') {
+            section = bare;
+        } else if let Some((key, _)) = bare.split_once(" = ")
+            && key.chars().all(word)
+        {
+            let explained = before.starts_with("# ") && !before.contains(" = ");
+            found.push(Setting { section, key, line: at + 1, explained });
+        }
+        before = line;
+    }
+    found
+}
+
+/// Settings without a comment of their own.
+pub fn unexplained_settings(defaults: &str) -> Vec<String> {
+    let bare = settings(defaults).into_iter().filter(|setting| !setting.explained);
+    bare.map(|setting| format!("{DEFAULTS}:{}: say above `{}` what it does, in which unit", setting.line, setting.key))
+        .collect()
+}
+
+/// Settings that the document does not name: the text below a heading with the section's name has to have the key in
+/// backticks.
+pub fn undocumented_settings(defaults: &str, document: &str) -> Vec<String> {
     let sections = headed(document);
     let mut complaints = Vec::new();
-    for (section, value) in &table {
-        let toml::Value::Table(keys) = value else {
-            complaints.push(format!("config/default.toml: `{section}` stands outside a section: put it into one"));
-            continue;
-        };
-        let heading = format!("[{section}]");
-        let text: String =
-            sections.iter().filter(|(head, _)| head.contains(&heading)).map(|(_, text)| &**text).collect();
-        for key in keys.keys().filter(|key| !text.contains(&format!("`{key}`"))) {
-            complaints.push(format!(
-                "docs/configuration.md: explain `{key}` under a heading with {heading}: values, unit, default, effect"
-            ));
+    for Setting { section, key, .. } in settings(defaults) {
+        let mut below = sections.iter().filter(|(head, _)| head.contains(section));
+        if !below.any(|(_, text)| text.contains(&format!("`{key}`"))) {
+            complaints
+                .push(format!("{SETTINGS}: explain `{key}` under a heading with {section}: values, default, effect"));
         }
     }
     complaints
@@ -86,6 +117,18 @@ fn number(name: &str) -> Option<u32> {
 }
 
 #[test]
+fn every_setting_is_explained() {
+    let all = read(&["config", "docs"], "");
+    let text = |path: &str| all.iter().find(|file| file.path == path).map(|file| &*file.text);
+    let defaults = text(DEFAULTS).expect("the default configuration");
+    assert!(settings(defaults).len() > 40, "the settings are found");
+    assert_tidy(&unexplained_settings(defaults));
+    if let Some(document) = text(SETTINGS) {
+        assert_tidy(&undocumented_settings(defaults, document));
+    }
+}
+
+#[test]
 fn every_decision_is_in_the_index() {
     let all = read(&["docs/adr"], ".md");
     let name = |file: &File| file.path.rsplit('/').next().unwrap_or_default().to_string();
@@ -104,11 +147,17 @@ fn every_dialect_has_the_same_migrations() {
 
 #[test]
 fn each_rule_bites() {
-    let defaults = "[http]\nlisten = \"x\"\nworkers = 0\n[mqtt]\nlisten = \"y\"\n";
-    let document = "# Settings\n## `[http]`\n`listen` is where.\n`workers` are threads.\n## `[mqtt]`\nnothing";
-    assert_complaint(&undocumented_keys(defaults, document), &["`listen`", "[mqtt]"]);
-    assert_tidy(&undocumented_keys(defaults, &format!("{document} but `listen`")));
-    assert_complaint(&undocumented_keys("stray = 1", document), &["`stray`"]);
+    let defaults =
+        "[http]\n# Where.\nlisten = \"x\"\n# How many.\n# workers = 0\n\n# [[auth.tokens]]\n# Who.\n# name = 1\n";
+    let document =
+        "# Settings\n## `[http]`\n`listen` is where.\n`workers` are threads.\n## `[[auth.tokens]]`\n`name`\n";
+    assert_tidy(&unexplained_settings(defaults));
+    assert_complaint(&unexplained_settings("[a]\n# Why.\nb = 1\nc = 2\n"), &["config/default.toml:4", "`c`"]);
+    assert_tidy(&undocumented_settings(defaults, document));
+    let silent = document.replace("`workers`", "they");
+    assert_complaint(&undocumented_settings(defaults, &silent), &["`workers`", "[http]"]);
+    let elsewhere = document.replace("`name`", "").replace("`listen`", "`listen` `name`");
+    assert_complaint(&undocumented_settings(defaults, &elsewhere), &["`name`", "[[auth.tokens]]"]);
 
     assert_complaint(&index_gaps("", &["0001-house.md"]), &["list 0001-house.md"]);
     assert_complaint(&index_gaps("[x](0001-house.md)", &[]), &["0001-house.md is not there"]);
