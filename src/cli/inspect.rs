@@ -48,6 +48,21 @@ pub fn run(args: &InspectArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// `sophont health`: `ready`, or why not.
+///
+/// # Errors
+/// No such node, or one that does not take work at present.
+pub fn health(args: &DoorArgs) -> Result<ExitCode, Failure> {
+    let door = Door::new(args)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new(format!("cannot start: {error}")))?;
+    runtime.block_on(door.send(door.request(reqwest::Method::GET, "health/ready")))?;
+    out::out("ready\n");
+    Ok(ExitCode::SUCCESS)
+}
+
 /// Everything the page shows, as one document.
 async fn collect(door: &Door, instance: &str, last: u64) -> Result<Value, Error> {
     let base = format!("v1/instances/{instance}");

@@ -46,6 +46,8 @@ enum Command {
     Chat(chat::ChatArgs),
     /// Show an instance: profile, state, inbox, last turns, dead letters.
     Inspect(inspect::InspectArgs),
+    /// Say `ready` when a node takes work, for scripts and container health checks.
+    Health(door::DoorArgs),
     /// Measure a server under load, and check what it promised.
     Load(Box<load::Args>),
 }
@@ -119,6 +121,8 @@ pub fn main() -> ExitCode {
             return ExitCode::from(if done { 0 } else { failure::USAGE });
         }
     };
+    // One provider for the whole process, whichever crate asks for TLS first. Only this call can be the first.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     match run(cli) {
         Ok(code) => code,
         Err(failure) => failure.tell(),
@@ -131,6 +135,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Command::Config(ConfigCommand::Print(settings)) => settings::print(&settings),
         Command::Chat(args) => chat::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Health(args) => inspect::health(&args),
         Command::Load(args) => load::run(&args).map_err(|error| Failure::of(&error)),
     }
 }

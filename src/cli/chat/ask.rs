@@ -151,8 +151,15 @@ fn refused(error: door::Error) -> Break {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
     use super::*;
+    use crate::cli::door::DoorArgs;
 
     #[test]
     fn events_mean_what_the_door_says() {
@@ -164,5 +171,92 @@ mod tests {
         assert_eq!(meaning(&event("step", r#"{"step":"restart"}"#)), Meaning::Restart);
         assert_eq!(meaning(&event("step", r#"{"step":"thinking"}"#)), Meaning::Nothing);
         assert_eq!(meaning(&event("accepted", "{}")), Meaning::Nothing);
+    }
+
+    /// What a view was shown, in order.
+    #[derive(Default)]
+    struct Seen(Vec<String>);
+
+    impl View for Seen {
+        fn token(&mut self, text: &str) {
+            self.0.push(text.into());
+        }
+        fn restart(&mut self) {
+            self.0.push("<restart>".into());
+        }
+        fn notice(&mut self, _text: &str) {
+            self.0.push("<notice>".into());
+        }
+    }
+
+    /// A door that answers one request after the other with these texts, closing the connection after each; it returns the
+    /// requests' heads in lower case.
+    async fn serve(listener: TcpListener, answers: Vec<String>) -> Vec<String> {
+        let mut heads = Vec::new();
+        for answer in answers {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            let mut head = Vec::new();
+            while !head.windows(4).any(|four| four == b"\r\n\r\n") {
+                assert_ne!(socket.read_buf(&mut head).await.unwrap(), 0);
+            }
+            heads.push(String::from_utf8_lossy(&head).to_lowercase());
+            socket.write_all(answer.as_bytes()).await.unwrap();
+            socket.shutdown().await.unwrap();
+            // Whatever is left of the request is read, so that closing does not reset the connection.
+            let _ = socket.read_to_end(&mut head).await;
+        }
+        heads
+    }
+
+    async fn conversation(answers: &[&str]) -> (Result<Value, Failure>, Vec<String>, Vec<String>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let door = Door::new(&DoorArgs { url, token_env: None }).unwrap();
+        let served = tokio::spawn(serve(listener, answers.iter().map(|text| String::from(*text)).collect()));
+        let mut seen = Seen::default();
+        let answer = ask(&door, &InstanceId::new("i").unwrap(), "hello", &mut seen).await;
+        (answer, seen.0, served.await.unwrap())
+    }
+
+    fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
+        head.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
+    }
+
+    const STREAM: &str = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n";
+
+    #[tokio::test]
+    async fn a_broken_stream_goes_on_where_it_broke_under_the_same_id() {
+        let first = format!(
+            "{STREAM}event: accepted\nid: s:0\ndata: {{}}\n\nevent: token\nid: s:1\ndata: {{\"text\":\"he\"}}\n\n"
+        );
+        let second = format!(
+            "{STREAM}event: token\nid: s:2\ndata: {{\"text\":\"llo\"}}\n\nevent: turn\ndata: {{\"turn\":7}}\n\n"
+        );
+        let (turn, seen, heads) = conversation(&[&first, &second]).await;
+        assert_eq!(turn.unwrap()["turn"], 7);
+        assert_eq!(seen, ["he", "<notice>", "llo"]);
+        let key = |head: &str| header(head, "idempotency-key").unwrap().to_owned();
+        assert_eq!(key(&heads[0]), key(&heads[1]));
+        assert_eq!(header(&heads[0], "last-event-id"), None);
+        assert_eq!(header(&heads[1], "last-event-id"), Some("s:1"));
+    }
+
+    #[tokio::test]
+    async fn a_refusal_that_may_be_repeated_is_repeated_and_others_end_it() {
+        let problem = |status: u16, code: &str| {
+            let body = format!("{{\"status\":{status},\"code\":\"{code}\",\"detail\":\"no\"}}");
+            format!(
+                "HTTP/1.1 {status} X\r\nretry-after: 0\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+                body.len()
+            )
+        };
+        let done = format!("{STREAM}event: turn\ndata: {{\"turn\":1}}\n\n");
+        let (turn, _, heads) = conversation(&[&problem(503, "DRAINING"), &problem(429, "INBOX_FULL"), &done]).await;
+        assert_eq!((turn.unwrap()["turn"].as_u64(), heads.len()), (Some(1), 3));
+        let (refused, _, heads) = conversation(&[&problem(403, "FORBIDDEN")]).await;
+        assert_eq!((refused.unwrap_err().message.as_str(), heads.len()), ("no (FORBIDDEN)", 1));
+        let dead = format!("{STREAM}event: error\ndata: {{\"status\":422,\"code\":\"DEAD\",\"detail\":\"gone\"}}\n\n");
+        let (dead, _, _) = conversation(&[&dead]).await;
+        assert_eq!(dead.unwrap_err().message, "gone (DEAD)");
     }
 }
