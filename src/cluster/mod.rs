@@ -5,5 +5,7 @@
 //! Tests: `tests/it/turn.rs`, `tests/it/activation.rs`.
 
 pub mod router;
+pub mod shard;
+pub mod shards;
 
 pub use router::Router;

@@ -13,7 +13,11 @@ use crate::{
     types::{Fault, Kind, TurnRecord},
 };
 
+pub mod actor;
+pub mod environment;
 pub mod events;
+pub mod inbox;
+pub mod turn;
 
 /// What became of a delivered stimulus.
 #[derive(Debug, Clone)]

@@ -1,1 +1,3 @@
 //! Policies and shared mechanisms of scale.
+
+pub mod cache;

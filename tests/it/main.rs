@@ -7,5 +7,6 @@
 mod support;
 
 mod config;
+mod instance;
 mod load;
 mod support_works;

@@ -1,0 +1,233 @@
+//! Units of work and their ends: what is submitted, what a durable commit sets free, what a refusal gives back.
+
+use std::sync::Arc;
+
+use actix::prelude::*;
+
+use super::{Control, InstanceActor, Out, Phase, State, think::FIRST_PAUSE};
+use crate::{
+    instance::{
+        Error, Receipt,
+        events::Event,
+        inbox::Waiting,
+        turn::{self, Standing},
+    },
+    store::{Committed, DeadLetter, Done, Known, Rejection, Unit, Work},
+    types::{StateSnapshot, TurnRecord},
+};
+
+type Ended = Result<Committed, Rejection>;
+
+impl InstanceActor {
+    pub(super) fn submit(&mut self, work: Work, out: Out, ctx: &mut Context<Self>) {
+        let (done, end) = Done::channel();
+        self.agenda().out = Some(out);
+        self.environment.store.submit(Unit { key: self.key.clone(), fence: self.fence, work, done });
+        ctx.spawn(end.into_actor(self).map(|end, actor, ctx| {
+            let end = end.unwrap_or(Err(Rejection::Failed(crate::store::Error::Closed)));
+            actor.committed(end, ctx);
+        }));
+    }
+
+    pub(super) fn submit_turns(
+        &mut self,
+        after: Standing,
+        mut decided: Vec<(Waiting, Arc<TurnRecord>)>,
+        ctx: &mut Context<Self>,
+    ) {
+        self.version = after.version;
+        self.since_full = after.since_full;
+        let turns = decided.iter().map(|(_, record)| record.clone()).collect();
+        if self.environment.faults.ack_before_commit() {
+            for (waiting, turn) in &mut decided {
+                waiting.tell(&Ok(Receipt::Decided { turn: turn.clone(), repeated: false }));
+            }
+        }
+        self.submit(Work::Turns { head: self.head, turns }, Out::Turns(decided), ctx);
+    }
+
+    pub(super) fn submit_accept(&mut self, ctx: &mut Context<Self>) {
+        let stimuli: Vec<_> = self.agenda().inbox.unaccepted().map(|waiting| waiting.stimulus.clone()).collect();
+        if !stimuli.is_empty() {
+            let ids = stimuli.iter().map(|stimulus| stimulus.id.clone()).collect();
+            self.submit(Work::Accept { stimuli }, Out::Accept(ids), ctx);
+        }
+    }
+
+    pub(super) fn submit_bury(&mut self, waiting: Waiting, reason: String, ctx: &mut Context<Self>) {
+        let (at, tries) = (self.environment.clock.now(), waiting.tries);
+        tracing::error!(instance = %self.key, stimulus = %waiting.stimulus.id, reason, tries, "a stimulus was given up");
+        let letter = Arc::new(DeadLetter { stimulus: (*waiting.stimulus).clone(), reason: reason.clone(), tries, at });
+        let work = Work::Bury { stimulus: waiting.stimulus.clone(), reason, tries, at };
+        self.submit(work, Out::Bury(Box::new(waiting), letter), ctx);
+    }
+
+    pub(super) fn submit_control(&mut self, control: Control, ctx: &mut Context<Self>) {
+        let work = match &control {
+            Control::Profile(mind, _) => {
+                Work::PutProfile { profile: mind.profile.clone(), at: self.environment.clock.now() }
+            }
+            Control::Forget(_) if !self.exists => {
+                control.refuse(Error::NotFound);
+                return self.go_on_soon(ctx);
+            }
+            Control::Forget(_) => Work::Forget,
+            Control::Revive(stimulus, _) => Work::Revive { stimulus: stimulus.clone() },
+        };
+        self.submit(work, Out::Control(control), ctx);
+    }
+
+    pub(super) fn committed(&mut self, end: Ended, ctx: &mut Context<Self>) {
+        let Some(out) = self.agenda().out.take() else { return };
+        match end {
+            Ok(committed) => self.settle(out, committed, ctx),
+            Err(Rejection::Fenced) => {
+                self.become_(Phase::Fenced);
+                self.give_back(out, &Error::Fenced);
+                self.go_on(ctx);
+            }
+            Err(Rejection::Duplicate { index, known }) => self.repeated(out, index, known, ctx),
+            Err(Rejection::NotFound) => {
+                if let Out::Control(control) = out {
+                    control.refuse(Error::NoDeadLetter);
+                }
+                self.go_on(ctx);
+            }
+            Err(Rejection::Failed(error)) => {
+                let decided = matches!(out, Out::Turns(_));
+                self.give_back(out, &Error::Store(error));
+                if !self.agenda().inbox.is_empty() {
+                    self.pause(FIRST_PAUSE, ctx);
+                }
+                if decided { self.reload(ctx) } else { self.go_on(ctx) }
+            }
+        }
+    }
+
+    /// The unit is durable: now, and only now, everybody may know.
+    pub(super) fn settle(&mut self, out: Out, committed: Committed, ctx: &mut Context<Self>) {
+        self.head = committed.head;
+        match out {
+            Out::Turns(decided) => {
+                self.exists = true;
+                self.refresh_cache();
+                for (waiting, turn) in decided {
+                    self.announce(waiting, turn);
+                }
+            }
+            Out::Accept(ids) => {
+                self.exists = true;
+                let hub = self.environment.hub.clone();
+                for id in ids {
+                    if let Some(waiting) = self.agenda().inbox.find(&id) {
+                        waiting.accepted = true;
+                        waiting.tell_accepted();
+                    }
+                    hub.publish(&self.key, || Event::Accepted(id));
+                }
+            }
+            Out::Bury(mut waiting, letter) => {
+                self.environment.metrics.dead_letters.increment(1);
+                waiting.tell(&Ok(Receipt::Dead(letter.clone())));
+                self.environment.hub.publish(&self.key, || Event::Dead(letter));
+            }
+            Out::Control(Control::Profile(mind, answer)) => {
+                self.exists = true;
+                self.mind = Some(mind);
+                self.environment.hub.publish(&self.key, || Event::Profile);
+                drop(answer.send(Ok(committed.created)));
+            }
+            Out::Control(Control::Forget(answer)) => {
+                if let Some(thinking) = &self.agenda().thinking {
+                    let handle = thinking.handle;
+                    ctx.cancel_future(handle);
+                    self.environment.hub.end_draft(&self.key);
+                }
+                self.refuse_all(&Error::NotFound);
+                self.environment.states.forget(&self.key);
+                self.environment.hub.publish(&self.key, || Event::Forgotten);
+                drop(answer.send(Ok(())));
+                return self.reload(ctx);
+            }
+            Out::Control(Control::Revive(_, answer)) => {
+                drop(answer.send(Ok(())));
+                return self.reload(ctx);
+            }
+        }
+        self.go_on(ctx);
+    }
+
+    pub(super) fn announce(&self, mut waiting: Waiting, turn: Arc<TurnRecord>) {
+        let metrics = &self.environment.metrics;
+        metrics.turns[turn.outcome as usize].increment(1);
+        let seconds = if waiting.accepted { &metrics.slow_seconds } else { &metrics.fast_seconds };
+        seconds.record(waiting.since.elapsed());
+        if let [_] = waiting.waiters.as_slice()
+            && let Some(waiter) = waiting.waiters.pop()
+        {
+            waiter.tell(Ok(Receipt::Decided { turn: turn.clone(), repeated: false }));
+        }
+        waiting.tell(&Ok(Receipt::Decided { turn: turn.clone(), repeated: false }));
+        self.environment.hub.publish(&self.key, || Event::Turn(turn));
+    }
+
+    /// Readers that hold the state get the new one before anybody is answered.
+    pub(super) fn refresh_cache(&mut self) {
+        let State::Open(state) = &self.state else { return };
+        let (version, turn) = (self.version, self.head.turn);
+        self.environment
+            .states
+            .refresh(&self.key, version, || StateSnapshot::new(version, turn, turn::text_of_state(state)));
+    }
+
+    /// A stimulus of the unit was known: its sender gets what became of the first, the others are decided again.
+    pub(super) fn repeated(&mut self, out: Out, index: usize, known: Known, ctx: &mut Context<Self>) {
+        self.environment.metrics.repeats.increment(1);
+        let receipt = match known {
+            Known::Waiting(_) => Receipt::Accepted { repeated: true },
+            Known::Decided(turn) => Receipt::Decided { turn, repeated: true },
+            Known::Dead(letter) => Receipt::Dead(letter),
+        };
+        match out {
+            Out::Turns(mut decided) => {
+                if index < decided.len() {
+                    let (mut waiting, _) = decided.remove(index);
+                    waiting.tell(&Ok(receipt));
+                }
+                for (waiting, _) in decided.into_iter().rev() {
+                    self.agenda().inbox.put_back(waiting);
+                }
+                self.reload(ctx);
+            }
+            Out::Accept(ids) => {
+                let repeated = ids.get(index);
+                for mut waiting in self.agenda().inbox.extract(|w| Some(&w.stimulus.id) == repeated && !w.accepted) {
+                    waiting.tell(&Ok(receipt.clone()));
+                }
+                self.go_on(ctx);
+            }
+            Out::Bury(..) | Out::Control(_) => self.go_on(ctx),
+        }
+    }
+
+    /// A unit was not written: the store still has what it had accepted, everybody else is refused.
+    pub(super) fn give_back(&mut self, out: Out, error: &Error) {
+        let refuse = |actor: &mut Self, mut waiting: Waiting| {
+            if waiting.accepted {
+                actor.agenda().inbox.put_back(waiting);
+            } else {
+                waiting.tell(&Err(error.clone()));
+            }
+        };
+        match out {
+            Out::Turns(decided) => decided.into_iter().rev().for_each(|(waiting, _)| refuse(self, waiting)),
+            Out::Bury(waiting, _) => refuse(self, *waiting),
+            Out::Control(control) => control.refuse(error.clone()),
+            Out::Accept(ids) => {
+                for mut waiting in self.agenda().inbox.extract(|w| !w.accepted && ids.contains(&w.stimulus.id)) {
+                    waiting.tell(&Err(error.clone()));
+                }
+            }
+        }
+    }
+}

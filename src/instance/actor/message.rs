@@ -1,0 +1,165 @@
+//! What an instance can be told, and how it takes it.
+
+use std::{sync::Arc, time::Instant};
+
+use actix::prelude::*;
+use tokio::sync::oneshot;
+
+use super::{Control, InstanceActor, Phase, State};
+use crate::{
+    instance::{
+        Error, Receipt, Until,
+        inbox::{Waiter, Waiting},
+        turn::{self, Mind},
+    },
+    types::{Stimulus, StimulusId},
+};
+
+/// A stimulus arrives.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Deliver {
+    /// The stimulus.
+    pub stimulus: Stimulus,
+    /// State version it insists on.
+    pub expected: Option<u64>,
+    /// Who waits for it.
+    pub waiter: Waiter,
+}
+
+impl Handler<Deliver> for InstanceActor {
+    type Result = ();
+
+    fn handle(&mut self, Deliver { stimulus, expected, waiter }: Deliver, ctx: &mut Context<Self>) {
+        let limit = self.mind().profile.limits.max_inbox.map_or(self.environment.max_inbox, |limit| limit as usize);
+        let agenda = self.agenda();
+        if stimulus.repeatable {
+            let thinking = agenda.thinking.as_mut().map(|thinking| &mut thinking.waiting);
+            let earlier = thinking.filter(|waiting| waiting.stimulus.id == stimulus.id);
+            if let Some(earlier) = earlier.or_else(|| agenda.inbox.find(&stimulus.id)) {
+                if earlier.accepted && waiter.until == Until::Accepted {
+                    waiter.tell(Ok(Receipt::Accepted { repeated: true }));
+                } else {
+                    earlier.waiters.push(waiter);
+                }
+                return self.ensure_active(ctx);
+            }
+        }
+        if agenda.inbox.len() >= limit {
+            return waiter.tell(Err(Error::InboxFull(limit)));
+        }
+        agenda.inbox.push(Waiting {
+            stimulus: Arc::new(stimulus),
+            accepted: false,
+            tries: 0,
+            expected,
+            waiters: vec![waiter],
+            since: Instant::now(),
+        });
+        self.ensure_active(ctx);
+    }
+}
+
+/// The profile is created or replaced.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct PutProfile {
+    /// The profile, made ready.
+    pub mind: Arc<Mind>,
+    /// Told whether it was created.
+    pub answer: oneshot::Sender<Result<bool, Error>>,
+}
+
+/// Everything about the instance is forgotten.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Forget {
+    /// Told when it is.
+    pub answer: oneshot::Sender<Result<(), Error>>,
+}
+
+/// A dead letter goes back into the inbox.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Revive {
+    /// Which.
+    pub stimulus: StimulusId,
+    /// Told when it is.
+    pub answer: oneshot::Sender<Result<(), Error>>,
+}
+
+/// There may be stimuli waiting in the store: look.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Wake;
+
+/// How much waits; `None` while the instance must not leave memory.
+#[derive(Message)]
+#[rtype(result = "Observed")]
+pub struct Observe {
+    /// Whether the question comes from passivation, which also packs the state.
+    pub pack: bool,
+}
+
+/// What an instance says of itself.
+#[derive(Debug, Clone, Copy, MessageResponse)]
+pub struct Observed {
+    /// Stimuli in its inbox or in hand.
+    pub inbox: usize,
+    /// Whether nothing is going on.
+    pub idle: bool,
+}
+
+impl InstanceActor {
+    fn control(&mut self, control: Control, ctx: &mut Context<Self>) {
+        let limit = self.environment.max_inbox;
+        let controls = &mut self.agenda().controls;
+        if controls.len() >= limit {
+            return control.refuse(Error::InboxFull(limit));
+        }
+        controls.push_back(control);
+        self.ensure_active(ctx);
+    }
+}
+
+impl Handler<PutProfile> for InstanceActor {
+    type Result = ();
+    fn handle(&mut self, PutProfile { mind, answer }: PutProfile, ctx: &mut Context<Self>) {
+        self.control(Control::Profile(mind, answer), ctx);
+    }
+}
+
+impl Handler<Forget> for InstanceActor {
+    type Result = ();
+    fn handle(&mut self, Forget { answer }: Forget, ctx: &mut Context<Self>) {
+        self.control(Control::Forget(answer), ctx);
+    }
+}
+
+impl Handler<Revive> for InstanceActor {
+    type Result = ();
+    fn handle(&mut self, Revive { stimulus, answer }: Revive, ctx: &mut Context<Self>) {
+        self.control(Control::Revive(stimulus, answer), ctx);
+    }
+}
+
+impl Handler<Wake> for InstanceActor {
+    type Result = ();
+    fn handle(&mut self, _: Wake, ctx: &mut Context<Self>) {
+        self.ensure_active(ctx);
+    }
+}
+
+impl Handler<Observe> for InstanceActor {
+    type Result = Observed;
+    fn handle(&mut self, Observe { pack }: Observe, _: &mut Context<Self>) -> Observed {
+        if pack
+            && self.agenda.is_none()
+            && let State::Open(state) = &self.state
+        {
+            self.state = State::Packed(turn::text_of_state(state));
+        }
+        let inbox = self.agenda.as_ref().map_or(0, |a| a.inbox.len() + usize::from(a.thinking.is_some()));
+        Observed { inbox, idle: self.agenda.is_none() && self.phase != Phase::Activating }
+    }
+}

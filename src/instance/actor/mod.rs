@@ -1,0 +1,363 @@
+//! The actor around one instance: gathers inputs, calls the pure turn, commits, and only then answers.
+//!
+//! Here: its life and its loop. In [`think`]: asking the engine. In [`commit`]: units of work and their ends. In [`message`]:
+//! what it can be told. Not here: decisions (`turn`), queues (`inbox`), who keeps it alive (`cluster/shard.rs`).
+//! Invariants: one unit of work is with the store at a time, so units of an instance are in order; the state in memory runs
+//! ahead of the store only while that unit is out, and is loaded again when the unit is refused; nobody is answered before.
+//! Tests: `tests/it/turn.rs`, `tests/it/panic.rs`, `tests/it/activation.rs`, `tests/it/crash.rs`.
+
+mod commit;
+pub mod message;
+mod think;
+
+use std::{
+    collections::VecDeque,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+};
+
+use actix::prelude::*;
+use tokio::sync::oneshot;
+
+use self::think::Failure;
+use super::{
+    Error,
+    environment::{BusyToken, Environment},
+    inbox::{Inbox, Waiting},
+    turn::{self, Author, Judgement, Mind, Standing},
+};
+use crate::{
+    cognition::{Action, Facts, Thought},
+    store::{DeadLetter, Fence, Head, Loaded},
+    types::{InstanceKey, RawJson, StateDoc, StimulusId, TurnRecord, limits::MAX_TURNS_PER_COMMIT},
+};
+
+/// Where the instance stands in its life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// In memory without its state; the next arrival loads it.
+    Cold,
+    /// Being loaded.
+    Activating,
+    /// Deciding and committing.
+    Active,
+    /// Another node owns it; everything is refused.
+    Fenced,
+}
+
+impl Phase {
+    /// Whether a life may take this step.
+    const fn may_become(self, next: Phase) -> bool {
+        matches!(
+            (self, next),
+            (Phase::Cold, Phase::Activating)
+                | (Phase::Activating, Phase::Active | Phase::Cold)
+                | (Phase::Active, Phase::Cold | Phase::Fenced)
+        )
+    }
+}
+
+/// What an instance carries only while something is going on; an idle one has none of it.
+struct Agenda {
+    inbox: Inbox,
+    controls: VecDeque<Control>,
+    /// The unit that is with the store.
+    out: Option<Out>,
+    /// The stimulus that is with the engine, or whose answer waits for the store.
+    thinking: Option<Thinking>,
+    /// A stimulus failed and waits before it is tried again; nothing overtakes it.
+    pausing: bool,
+    _busy: BusyToken,
+}
+
+/// A unit that is with the store.
+enum Out {
+    Turns(Vec<(Waiting, Arc<TurnRecord>)>),
+    Accept(Vec<StimulusId>),
+    Bury(Box<Waiting>, Arc<DeadLetter>),
+    Control(Control),
+}
+
+struct Thinking {
+    waiting: Waiting,
+    /// What the rules already decided; it comes before what the engine decides.
+    actions: Vec<Action>,
+    slow: bool,
+    handle: SpawnHandle,
+    answer: Option<Result<Thought, Failure>>,
+}
+
+/// A change of the instance itself.
+enum Control {
+    Profile(Arc<Mind>, oneshot::Sender<Result<bool, Error>>),
+    Forget(oneshot::Sender<Result<(), Error>>),
+    Revive(StimulusId, oneshot::Sender<Result<(), Error>>),
+}
+
+impl Control {
+    fn refuse(self, error: Error) {
+        match self {
+            Control::Profile(_, answer) => drop(answer.send(Err(error))),
+            Control::Forget(answer) | Control::Revive(_, answer) => drop(answer.send(Err(error))),
+        }
+    }
+}
+
+/// The state: text while idle (a fraction of the memory), parsed while busy.
+enum State {
+    Packed(RawJson),
+    Open(Box<StateDoc>),
+}
+
+/// What stopped a run of decisions.
+enum Stop {
+    Panicked(Waiting),
+    Think(Waiting, Vec<Action>),
+}
+
+/// One living instance.
+pub struct InstanceActor {
+    environment: Arc<Environment>,
+    key: InstanceKey,
+    fence: Fence,
+    phase: Phase,
+    exists: bool,
+    /// Its own mind; the node's default one when absent.
+    mind: Option<Arc<Mind>>,
+    head: Head,
+    version: u64,
+    since_full: u64,
+    state: State,
+    agenda: Option<Box<Agenda>>,
+}
+
+impl InstanceActor {
+    /// A cold instance; it loads itself when the first message arrives.
+    pub fn new(environment: Arc<Environment>, key: InstanceKey, fence: Fence) -> Self {
+        Self {
+            environment,
+            key,
+            fence,
+            phase: Phase::Cold,
+            exists: false,
+            mind: None,
+            head: Head::default(),
+            version: 0,
+            since_full: 0,
+            state: State::Open(Box::default()),
+            agenda: None,
+        }
+    }
+
+    /// An illegal step is a bug: it stops a test, and in production fences the instance, which then only refuses.
+    fn become_(&mut self, next: Phase) {
+        debug_assert!(self.phase.may_become(next), "{:?} -> {next:?}", self.phase);
+        if self.phase.may_become(next) {
+            self.phase = next;
+        } else {
+            tracing::error!(instance = %self.key, from = ?self.phase, to = ?next, "illegal step in an instance's life");
+            self.phase = Phase::Fenced;
+        }
+    }
+
+    fn mind(&self) -> &Arc<Mind> {
+        self.mind.as_ref().unwrap_or(&self.environment.default_mind)
+    }
+
+    fn agenda(&mut self) -> &mut Agenda {
+        let busy = &self.environment.busy;
+        self.agenda.get_or_insert_with(|| {
+            Box::new(Agenda {
+                inbox: Inbox::default(),
+                controls: VecDeque::new(),
+                out: None,
+                thinking: None,
+                pausing: false,
+                _busy: busy.enter(),
+            })
+        })
+    }
+
+    fn standing(&self) -> Standing {
+        Standing { turn: self.head.turn, version: self.version, since_full: self.since_full }
+    }
+
+    fn open_state(&mut self) -> Box<StateDoc> {
+        match std::mem::replace(&mut self.state, State::Open(Box::default())) {
+            State::Open(state) => state,
+            State::Packed(text) => Box::new(serde_json::from_str(text.get()).unwrap_or_default()),
+        }
+    }
+
+    // Life.
+
+    fn ensure_active(&mut self, ctx: &mut Context<Self>) {
+        if self.phase != Phase::Cold {
+            return self.go_on(ctx);
+        }
+        self.become_(Phase::Activating);
+        let store = self.environment.store.clone();
+        let key = self.key.clone();
+        ctx.spawn(async move { store.load(&key).await }.into_actor(self).map(|loaded, actor, ctx| {
+            match loaded.map_err(Error::from).and_then(|loaded| actor.take_over(loaded)) {
+                Ok(()) => {
+                    actor.become_(Phase::Active);
+                    actor.environment.metrics.activations.increment(1);
+                    actor.go_on(ctx);
+                }
+                Err(error) => {
+                    tracing::error!(instance = %actor.key, %error, "an instance could not be loaded");
+                    actor.become_(Phase::Cold);
+                    actor.refuse_all(&error);
+                }
+            }
+        }));
+    }
+
+    fn take_over(&mut self, loaded: Loaded) -> Result<(), Error> {
+        self.mind = match loaded.profile {
+            Some(profile) => Some(self.environment.minds.of(&profile)?),
+            None => None,
+        };
+        self.exists = loaded.exists;
+        self.head = loaded.head;
+        self.version = loaded.state.version;
+        self.since_full = loaded.turns_since_full;
+        self.state = State::Packed(loaded.state.doc);
+        for stimulus in loaded.inbox {
+            let inbox = &mut self.agenda().inbox;
+            match inbox.find(&stimulus.id) {
+                Some(waiting) => waiting.accepted = true,
+                None => inbox.push(Waiting::accepted(stimulus)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Loads the last commit again: after a refused unit the memory has run ahead of it.
+    fn reload(&mut self, ctx: &mut Context<Self>) {
+        self.become_(Phase::Cold);
+        self.ensure_active(ctx);
+    }
+
+    /// Tells everybody who waits. What the store has accepted stays there and is found again by the scan.
+    fn refuse_all(&mut self, error: &Error) {
+        let Some(mut agenda) = self.agenda.take() else { return };
+        for waiting in agenda.inbox.iter_mut() {
+            waiting.tell(&Err(error.clone()));
+        }
+        if let Some(mut thinking) = agenda.thinking {
+            thinking.waiting.tell(&Err(error.clone()));
+        }
+        for control in agenda.controls {
+            control.refuse(error.clone());
+        }
+    }
+
+    // The loop: one thing after the other, until something has to be waited for.
+
+    fn go_on(&mut self, ctx: &mut Context<Self>) {
+        if self.phase == Phase::Fenced {
+            return self.refuse_all(&Error::Fenced);
+        }
+        let Some(agenda) = self.agenda.as_deref_mut().filter(|_| self.phase == Phase::Active) else { return };
+        if agenda.out.is_some() {
+            return;
+        }
+        if let Some(control) = agenda.controls.pop_front() {
+            return self.submit_control(control, ctx);
+        }
+        if let Some(thinking) = agenda.thinking.take_if(|thinking| thinking.answer.is_some()) {
+            return self.conclude_thought(thinking, ctx);
+        }
+        if agenda.pausing || agenda.thinking.as_ref().is_some_and(|thinking| thinking.slow) {
+            // Whoever arrives meanwhile gets a durable place in the inbox and need not wait.
+            return self.submit_accept(ctx);
+        }
+        if agenda.thinking.is_some() {
+            return;
+        }
+        if agenda.inbox.is_empty() {
+            self.agenda = None;
+            return;
+        }
+        self.decide(ctx);
+    }
+
+    /// Decides as many waiting stimuli as go into one commit, up to the first that must be thought about.
+    fn decide(&mut self, ctx: &mut Context<Self>) {
+        let now = self.environment.clock.now();
+        let mind = self.mind().clone();
+        let mut state = self.open_state();
+        let mut standing = self.standing();
+        let mut decided: Vec<(Waiting, Arc<TurnRecord>)> = Vec::new();
+        let mut stop = None;
+        while decided.len() < MAX_TURNS_PER_COMMIT {
+            let Some(mut waiting) = self.agenda().inbox.pop() else { break };
+            if let Some(expected) = waiting.expected.filter(|expected| *expected != standing.version) {
+                waiting.tell(&Err(Error::VersionMismatch { expected, actual: standing.version }));
+                continue;
+            }
+            let facts =
+                Facts { key: &self.key, stimulus: &waiting.stimulus, state: &state, turn: standing.turn + 1, now };
+            let judged = catch_unwind(AssertUnwindSafe(|| {
+                self.environment.faults.strike(&waiting.stimulus);
+                turn::judge(&mind, &facts)
+            }));
+            let decision = match judged {
+                Err(_) => {
+                    stop = Some(Stop::Panicked(waiting));
+                    break;
+                }
+                Ok(Ok(Judgement::Think(actions))) => {
+                    stop = Some(Stop::Think(waiting, actions));
+                    break;
+                }
+                Ok(Err(refusal)) => {
+                    waiting.tell(&Err(Error::Invalid(refusal.to_string())));
+                    continue;
+                }
+                Ok(Ok(Judgement::Decided(actions))) => Ok(actions),
+                Ok(Ok(Judgement::Failed(reason))) => Err(reason),
+            };
+            let author = Author { engine: "reflex", thought: Thought::default() };
+            let twin = self.environment.twin;
+            let record = turn::conclude(standing, &waiting.stimulus, &mut state, decision, author, twin, now);
+            standing = standing.after(&record);
+            decided.push((waiting, Arc::new(record)));
+        }
+        self.state = State::Open(state);
+        if decided.is_empty() {
+            return match stop {
+                None => self.go_on_soon(ctx),
+                Some(Stop::Panicked(waiting)) => self.panicked(waiting, ctx),
+                Some(Stop::Think(waiting, actions)) => self.think(waiting, actions, ctx),
+            };
+        }
+        match stop {
+            Some(Stop::Panicked(waiting) | Stop::Think(waiting, _)) => self.agenda().inbox.put_back(waiting),
+            None => {}
+        }
+        self.submit_turns(standing, decided, ctx);
+    }
+
+    /// Everything popped was refused on the spot: look again whether there is more, without recursion.
+    fn go_on_soon(&mut self, ctx: &mut Context<Self>) {
+        ctx.spawn(async {}.into_actor(self).map(|(), actor, ctx| actor.go_on(ctx)));
+    }
+}
+
+impl Actor for InstanceActor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Context<Self>) {
+        ctx.set_mailbox_capacity(self.environment.max_inbox.max(16));
+    }
+}
+
+impl Drop for InstanceActor {
+    /// Also after a panic: those who wait are told by their dropped senders.
+    fn drop(&mut self) {
+        self.environment.active.fetch_sub(1, std::sync::atomic::Ordering::AcqRel);
+    }
+}

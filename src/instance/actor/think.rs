@@ -1,0 +1,179 @@
+//! Asking the engine about one stimulus, and what happens when there is no answer.
+
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+
+use actix::prelude::*;
+use futures_util::FutureExt as _;
+
+use super::{InstanceActor, State, Thinking};
+use crate::{
+    cognition::{self, Action, Pace, Progress, Question, Thought},
+    instance::{
+        environment::Environment,
+        inbox::Waiting,
+        turn::{self, Author, Mind},
+    },
+    memory,
+    types::{Fault as _, InstanceKey, limits::MAX_TRIES},
+};
+
+/// Tries of a stimulus whose engine is unavailable, with growing pauses, before it goes to the dead letters.
+const MAX_THINK_TRIES: u32 = 6;
+/// Pause before the first repetition.
+pub(super) const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// Longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// Why there is no thought.
+pub(super) enum Failure {
+    Engine(cognition::Error),
+    Panicked,
+}
+
+impl InstanceActor {
+    pub(super) fn think(&mut self, waiting: Waiting, actions: Vec<Action>, ctx: &mut Context<Self>) {
+        let mind = self.mind().clone();
+        let slow = mind.engine.pace(&mind.profile) == Pace::Slow;
+        if slow && !waiting.accepted {
+            self.agenda().inbox.put_back(waiting);
+            return self.submit_accept(ctx);
+        }
+        let environment = self.environment.clone();
+        let state = self.open_state();
+        let question = Question {
+            key: self.key.clone(),
+            profile: mind.profile.clone(),
+            stimulus: waiting.stimulus.clone(),
+            state: (*state).clone(),
+            recollection: Vec::new(),
+            recent: Vec::new(),
+            now: environment.clock.now(),
+            deadline: mind.profile.limits.think_seconds.map_or(environment.think, |s| Duration::from_secs(s.into())),
+        };
+        self.state = State::Open(state);
+        if slow {
+            environment.hub.begin_draft(&self.key, &waiting.stimulus.id);
+        }
+        let asked = ask(environment, mind, question, self.head.turn, slow);
+        let handle = ctx.spawn(asked.into_actor(self).map(|answer, actor, ctx| {
+            if let Some(thinking) = &mut actor.agenda().thinking {
+                thinking.answer = Some(answer);
+            }
+            actor.go_on(ctx);
+        }));
+        self.agenda().thinking = Some(Thinking { waiting, actions, slow, handle, answer: None });
+    }
+
+    pub(super) fn conclude_thought(&mut self, thinking: Thinking, ctx: &mut Context<Self>) {
+        let Thinking { waiting, mut actions, slow, answer, .. } = thinking;
+        match answer {
+            Some(Ok(mut thought)) => {
+                actions.append(&mut thought.actions);
+                let author = Author { engine: self.mind().engine.name(), thought };
+                let (standing, now, twin) = (self.standing(), self.environment.clock.now(), self.environment.twin);
+                let mut state = self.open_state();
+                let record = turn::conclude(standing, &waiting.stimulus, &mut state, Ok(actions), author, twin, now);
+                self.state = State::Open(state);
+                self.submit_turns(standing.after(&record), vec![(waiting, Arc::new(record))], ctx);
+            }
+            Some(Err(Failure::Engine(error))) => {
+                if slow {
+                    self.environment.hub.end_draft(&self.key);
+                }
+                tracing::warn!(instance = %self.key, %error, tries = waiting.tries + 1, "the engine gave no answer");
+                let tries = if error.kind().is_retryable() { MAX_THINK_TRIES } else { 1 };
+                self.try_again(waiting, error.to_string(), tries, true, ctx);
+            }
+            Some(Err(Failure::Panicked)) | None => {
+                if slow {
+                    self.environment.hub.end_draft(&self.key);
+                }
+                self.panicked(waiting, ctx);
+            }
+        }
+    }
+
+    pub(super) fn panicked(&mut self, waiting: Waiting, ctx: &mut Context<Self>) {
+        self.environment.metrics.panics.increment(1);
+        self.try_again(waiting, String::from("the turn panicked"), MAX_TRIES, false, ctx);
+    }
+
+    /// Puts a failed stimulus back in front, or gives it up after so many tries.
+    pub(super) fn try_again(
+        &mut self,
+        mut waiting: Waiting,
+        reason: String,
+        tries: u32,
+        pause: bool,
+        ctx: &mut Context<Self>,
+    ) {
+        waiting.tries += 1;
+        if waiting.tries >= tries {
+            return self.submit_bury(waiting, reason, ctx);
+        }
+        if pause {
+            self.pause(FIRST_PAUSE.saturating_mul(1 << (waiting.tries - 1).min(6)).min(LONGEST_PAUSE), ctx);
+        }
+        self.agenda().inbox.put_back(waiting);
+        self.go_on_soon(ctx);
+    }
+
+    pub(super) fn pause(&mut self, pause: Duration, ctx: &mut Context<Self>) {
+        self.agenda().pausing = true;
+        ctx.run_later(pause, |actor, ctx| {
+            actor.agenda().pausing = false;
+            actor.go_on(ctx);
+        });
+    }
+}
+
+/// Recalls, reads the last turns and asks the engine; a panic stays inside.
+async fn ask(
+    environment: Arc<Environment>,
+    mind: Arc<Mind>,
+    mut question: Question,
+    turns: u64,
+    slow: bool,
+) -> Result<Thought, Failure> {
+    fn unavailable(error: impl std::fmt::Display) -> Failure {
+        Failure::Engine(cognition::Error::Unavailable(error.to_string()))
+    }
+    let (episodes, recent) = mind.engine.wants(&mind.profile);
+    let (reader, limit) = (&environment.store, question.deadline);
+    if turns > 0 {
+        let text = question.stimulus.content.as_deref().unwrap_or_default();
+        let recalled = memory::recall(&**reader, &question.key, text, episodes, limit).await;
+        question.recollection = recalled.map_err(unavailable)?;
+        if recent > 0 {
+            let after = turns.saturating_sub(recent as u64);
+            question.recent = reader.turns(&question.key, after, recent).await.map_err(unavailable)?;
+        }
+    }
+    let progress = Stream { environment: environment.clone(), key: question.key.clone(), live: slow };
+    let thought = AssertUnwindSafe(mind.engine.think(question, &progress)).catch_unwind();
+    match tokio::time::timeout(limit, thought).await {
+        Err(_) => Err(Failure::Engine(cognition::Error::Timeout(limit))),
+        Ok(Err(_)) => Err(Failure::Panicked),
+        Ok(Ok(answer)) => answer.map_err(Failure::Engine),
+    }
+}
+
+/// Passes an engine's words on to those who watch.
+struct Stream {
+    environment: Arc<Environment>,
+    key: InstanceKey,
+    live: bool,
+}
+
+impl Progress for Stream {
+    fn token(&self, text: &str) {
+        if self.live {
+            self.environment.hub.token(&self.key, text);
+        }
+    }
+    fn restart(&self) {
+        if self.live {
+            self.environment.hub.restart_draft(&self.key);
+        }
+    }
+}

@@ -1,0 +1,259 @@
+//! What all instances of a node share: store, clock, engines, limits, figures. Handed in once, by `node`.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::sync::Notify;
+
+use super::{Error, events::Hub, turn::Mind};
+use crate::{
+    cognition::{Engines, reflex::RuleSet},
+    config::{self, Config, MqttMode},
+    runtime::clock::Clock,
+    scaling::cache::StateCache,
+    store::Store,
+    telemetry::metric,
+    types::{Profile, Stimulus},
+};
+
+/// Shared by every instance of the node; immutable but for its counters.
+pub struct Environment {
+    /// The truth.
+    pub store: Arc<dyn Store>,
+    /// Time.
+    pub clock: Clock,
+    /// Watches.
+    pub hub: Hub,
+    /// Committed states, for readers.
+    pub states: StateCache,
+    /// Profiles made ready.
+    pub minds: Minds,
+    /// The mind of instances without a profile of their own.
+    pub default_mind: Arc<Mind>,
+    /// Whether the twin's topics are published: whether an MQTT door is open.
+    pub twin: bool,
+    /// Most stimuli waiting for one instance.
+    pub max_inbox: usize,
+    /// Longest thinking for one turn.
+    pub think: Duration,
+    /// Instances with work in hand.
+    pub busy: Busy,
+    /// Instances in memory.
+    pub active: AtomicUsize,
+    /// Most instances in memory.
+    pub max_active: usize,
+    /// Idle instances leave memory after this.
+    pub idle: Duration,
+    /// Figures.
+    pub metrics: Metrics,
+    /// Faults on demand.
+    pub faults: Faults,
+}
+
+impl Environment {
+    /// What a node's settings make of it, over an opened store.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] when the engines' settings are wrong.
+    pub fn new(config: &Config, store: Arc<dyn Store>, clock: Clock) -> Result<Self, Error> {
+        let engines = Engines::new(&config.cognition).map_err(|error| Error::Invalid(error.to_string()))?;
+        let minds = Minds::new(engines);
+        let default_mind = minds.of(&Arc::new(Profile::default()))?;
+        Ok(Self {
+            store,
+            clock,
+            hub: Hub::default(),
+            states: StateCache::new(config.scaling.cache_l1_size_mb as u64 * 1024 * 1024),
+            minds,
+            default_mind,
+            twin: config.mqtt.mode != MqttMode::Off,
+            max_inbox: config.instances.max_inbox,
+            think: Duration::from_secs(config.cognition.think_seconds),
+            busy: Busy::default(),
+            active: AtomicUsize::new(0),
+            max_active: config.scaling.max_consciousness_instances,
+            idle: Duration::from_secs(config.instances.idle_passivate_seconds),
+            metrics: Metrics::default(),
+            faults: Faults::of(&config.faults),
+        })
+    }
+}
+
+/// Counts instances with work in hand, so that a drain can wait for them.
+#[derive(Debug, Clone, Default)]
+pub struct Busy(Arc<BusyInner>);
+
+#[derive(Debug, Default)]
+struct BusyInner {
+    count: AtomicUsize,
+    none: Notify,
+}
+
+impl Busy {
+    /// One more, until the token is dropped.
+    pub fn enter(&self) -> BusyToken {
+        self.0.count.fetch_add(1, Ordering::AcqRel);
+        BusyToken(self.clone())
+    }
+
+    /// How many.
+    pub fn count(&self) -> usize {
+        self.0.count.load(Ordering::Acquire)
+    }
+
+    /// Returns when there is none. Cancel safe.
+    pub async fn none(&self) {
+        loop {
+            let notified = self.0.none.notified();
+            if self.count() == 0 {
+                return;
+            }
+            notified.await;
+        }
+    }
+}
+
+/// Work in hand.
+#[derive(Debug)]
+pub struct BusyToken(Busy);
+
+impl Drop for BusyToken {
+    fn drop(&mut self) {
+        if self.0.0.count.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.0.none.notify_waiters();
+        }
+    }
+}
+
+/// Makes profiles ready, and shares one [`Mind`] among all instances with the same profile while any of them lives.
+pub struct Minds {
+    engines: Engines,
+    interned: Mutex<Interned>,
+}
+
+#[derive(Default)]
+struct Interned {
+    by_text: std::collections::HashMap<blake3::Hash, Weak<Mind>>,
+    sweep_at: usize,
+}
+
+impl Minds {
+    /// Over the engines of the node.
+    pub fn new(engines: Engines) -> Self {
+        Self { engines, interned: Mutex::default() }
+    }
+
+    /// Checks a profile and makes it ready.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] says which rule or setting is wrong.
+    pub fn of(&self, profile: &Arc<Profile>) -> Result<Arc<Mind>, Error> {
+        let text = serde_json::to_vec(&**profile).map_err(|error| Error::Invalid(error.to_string()))?;
+        let hash = blake3::hash(&text);
+        if let Some(mind) = self.lock().by_text.get(&hash).and_then(Weak::upgrade) {
+            return Ok(mind);
+        }
+        self.engines.check(profile).map_err(|error| Error::Invalid(error.to_string()))?;
+        let rules = RuleSet::compile(&profile.reflexes).map_err(|error| Error::Invalid(error.to_string()))?;
+        let engine = self.engines.of(profile).clone();
+        let mind = Arc::new(Mind { profile: profile.clone(), rules, engine });
+        let mut interned = self.lock();
+        if interned.by_text.len() >= interned.sweep_at {
+            interned.by_text.retain(|_, mind| mind.strong_count() > 0);
+            interned.sweep_at = (interned.by_text.len() * 2).max(1024);
+        }
+        interned.by_text.insert(hash, Arc::downgrade(&mind));
+        Ok(mind)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Interned> {
+        self.interned.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Handles of the figures instances record, looked up once.
+pub struct Metrics {
+    /// Turns by outcome: replied, silent, failed.
+    pub turns: [metrics::Counter; 3],
+    /// Arrival to commit, fast path.
+    pub fast_seconds: metrics::Histogram,
+    /// Arrival to commit, slow path.
+    pub slow_seconds: metrics::Histogram,
+    /// Repeats recognised.
+    pub repeats: metrics::Counter,
+    /// Stimuli given up.
+    pub dead_letters: metrics::Counter,
+    /// Panics caught.
+    pub panics: metrics::Counter,
+    /// Activations.
+    pub activations: metrics::Counter,
+    /// Passivations.
+    pub passivations: metrics::Counter,
+    /// Instances in memory.
+    pub active: metrics::Gauge,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let turns = |outcome| metrics::counter!(metric::TURNS, "outcome" => outcome);
+        Self {
+            turns: [turns("replied"), turns("silent"), turns("failed")],
+            fast_seconds: metrics::histogram!(metric::TURN_SECONDS, "path" => "fast"),
+            slow_seconds: metrics::histogram!(metric::TURN_SECONDS, "path" => "slow"),
+            repeats: metrics::counter!(metric::REPEATS),
+            dead_letters: metrics::counter!(metric::DEAD_LETTERS),
+            panics: metrics::counter!(metric::PANICS),
+            activations: metrics::counter!(metric::ACTIVATIONS),
+            passivations: metrics::counter!(metric::PASSIVATIONS),
+            active: metrics::gauge!(metric::ACTIVE),
+        }
+    }
+}
+
+/// Faults on demand; without the `faults` feature there are none and the checks vanish.
+#[derive(Debug, Clone, Default)]
+pub struct Faults {
+    /// A turn on a stimulus with this text panics.
+    #[cfg(feature = "faults")]
+    pub panic_on: String,
+    /// Waiters are answered when the unit is submitted, before it is durable.
+    #[cfg(feature = "faults")]
+    pub ack_before_commit: bool,
+}
+
+impl Faults {
+    /// Those of the settings.
+    #[cfg_attr(not(feature = "faults"), allow(unused_variables))]
+    pub fn of(config: &config::Faults) -> Self {
+        Self {
+            #[cfg(feature = "faults")]
+            panic_on: config.panic_on.clone(),
+            #[cfg(feature = "faults")]
+            ack_before_commit: config.ack_before_commit,
+        }
+    }
+
+    /// Panics if the stimulus is the chosen one.
+    #[cfg_attr(not(feature = "faults"), allow(unused_variables, clippy::unused_self))]
+    #[allow(clippy::panic)]
+    pub fn strike(&self, stimulus: &Stimulus) {
+        #[cfg(feature = "faults")]
+        if !self.panic_on.is_empty() && stimulus.content.as_deref() == Some(&*self.panic_on) {
+            panic!("fault on demand");
+        }
+    }
+
+    /// Whether acknowledgements leave too early on purpose.
+    #[cfg_attr(not(feature = "faults"), allow(clippy::unused_self))]
+    pub fn ack_before_commit(&self) -> bool {
+        #[cfg(feature = "faults")]
+        return self.ack_before_commit;
+        #[cfg(not(feature = "faults"))]
+        false
+    }
+}

@@ -1,0 +1,174 @@
+//! What waits for an instance in memory: by priority, then arrival; bounded by the one who lets in.
+//!
+//! Not here: durability. An entry that is `accepted` also stands in the store's inbox.
+//! Tests: at the foot.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use tokio::sync::oneshot;
+
+use super::{Error, Receipt, Until, turn::lane};
+use crate::types::{Priority, Stimulus, StimulusId};
+
+/// Someone who waits for what becomes of a stimulus. Dropping it unanswered tells them that the instance crashed.
+#[derive(Debug)]
+pub struct Waiter {
+    /// How long they wait.
+    pub until: Until,
+    /// Where the answer goes.
+    pub answer: oneshot::Sender<Result<Receipt, Error>>,
+}
+
+impl Waiter {
+    /// Answers. Nobody listening any more is not an error.
+    pub fn tell(self, end: Result<Receipt, Error>) {
+        drop(self.answer.send(end));
+    }
+}
+
+/// A stimulus that waits.
+#[derive(Debug)]
+pub struct Waiting {
+    /// The stimulus.
+    pub stimulus: Arc<Stimulus>,
+    /// Whether it stands in the store's inbox.
+    pub accepted: bool,
+    /// Failed tries so far.
+    pub tries: u32,
+    /// State version it insists on.
+    pub expected: Option<u64>,
+    /// Who waits; more than one when the same id came twice.
+    pub waiters: Vec<Waiter>,
+    /// When it came in, for the latency figure.
+    pub since: std::time::Instant,
+}
+
+impl Waiting {
+    /// One that stands in the store's inbox and that nobody waits for.
+    pub fn accepted(stimulus: Arc<Stimulus>) -> Self {
+        Self {
+            stimulus,
+            accepted: true,
+            tries: 0,
+            expected: None,
+            waiters: Vec::new(),
+            since: std::time::Instant::now(),
+        }
+    }
+
+    /// Answers everybody, and forgets them.
+    pub fn tell(&mut self, end: &Result<Receipt, Error>) {
+        for waiter in self.waiters.drain(..) {
+            waiter.tell(end.clone());
+        }
+    }
+
+    /// Answers those who wait only for acceptance.
+    pub fn tell_accepted(&mut self) {
+        for waiter in self.waiters.extract_if(.., |waiter| waiter.until == Until::Accepted) {
+            waiter.tell(Ok(Receipt::Accepted { repeated: false }));
+        }
+    }
+}
+
+/// Four queues, one for each priority.
+#[derive(Debug, Default)]
+pub struct Inbox([VecDeque<Waiting>; Priority::ALL.len()]);
+
+impl Inbox {
+    /// Number of stimuli.
+    pub fn len(&self) -> usize {
+        self.0.iter().map(VecDeque::len).sum()
+    }
+
+    /// Whether nothing waits.
+    pub fn is_empty(&self) -> bool {
+        self.0.iter().all(VecDeque::is_empty)
+    }
+
+    /// Takes a new arrival.
+    pub fn push(&mut self, waiting: Waiting) {
+        self.0[lane(waiting.stimulus.priority)].push_back(waiting);
+    }
+
+    /// Puts one back where it was taken from.
+    pub fn put_back(&mut self, waiting: Waiting) {
+        self.0[lane(waiting.stimulus.priority)].push_front(waiting);
+    }
+
+    /// The most urgent, longest waiting one.
+    pub fn pop(&mut self) -> Option<Waiting> {
+        self.0.iter_mut().find_map(VecDeque::pop_front)
+    }
+
+    /// The waiting one with this id.
+    pub fn find(&mut self, id: &StimulusId) -> Option<&mut Waiting> {
+        self.0.iter_mut().flatten().find(|waiting| waiting.stimulus.id == *id)
+    }
+
+    /// Those the store does not know yet, in the order in which they will be taken.
+    pub fn unaccepted(&self) -> impl Iterator<Item = &Waiting> {
+        self.0.iter().flatten().filter(|waiting| !waiting.accepted)
+    }
+
+    /// All of them, to be changed in place.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Waiting> {
+        self.0.iter_mut().flatten()
+    }
+
+    /// Removes those a test picks.
+    pub fn extract(&mut self, mut pick: impl FnMut(&Waiting) -> bool) -> Vec<Waiting> {
+        let mut out = Vec::new();
+        for queue in &mut self.0 {
+            let mut rest = VecDeque::with_capacity(queue.len());
+            for waiting in queue.drain(..) {
+                if pick(&waiting) { out.push(waiting) } else { rest.push_back(waiting) }
+            }
+            *queue = rest;
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::types::{Channel, Millis, Source};
+
+    fn waiting(priority: Priority, text: &str) -> Waiting {
+        let mut stimulus = Stimulus::text(Source::Http, Channel::new("c").unwrap(), text, Millis(0));
+        stimulus.priority = priority;
+        Waiting {
+            stimulus: Arc::new(stimulus),
+            accepted: false,
+            tries: 0,
+            expected: None,
+            waiters: Vec::new(),
+            since: std::time::Instant::now(),
+        }
+    }
+
+    #[test]
+    fn priority_first_then_arrival() {
+        let mut inbox = Inbox::default();
+        for (priority, text) in
+            [(Priority::Background, "d"), (Priority::Device, "b"), (Priority::Human, "a"), (Priority::Device, "c")]
+        {
+            inbox.push(waiting(priority, text));
+        }
+        let order: Vec<_> = std::iter::from_fn(|| inbox.pop()).map(|w| w.stimulus.content.clone().unwrap()).collect();
+        assert_eq!(order, ["a", "b", "c", "d"]);
+    }
+
+    #[test]
+    fn what_is_put_back_comes_first_again() {
+        let mut inbox = Inbox::default();
+        inbox.push(waiting(Priority::Device, "a"));
+        inbox.push(waiting(Priority::Device, "b"));
+        let first = inbox.pop().unwrap();
+        inbox.put_back(first);
+        assert_eq!(inbox.pop().unwrap().stimulus.content.as_deref(), Some("a"));
+        assert_eq!(inbox.len(), 1);
+    }
+}
