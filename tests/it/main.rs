@@ -10,3 +10,4 @@ mod config;
 mod instance;
 mod load;
 mod support_works;
+mod thinking;
