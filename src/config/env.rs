@@ -7,6 +7,9 @@ use super::tree::Tree;
 /// What the environment variables of settings begin with.
 pub const PREFIX: &str = "SOPHONT__";
 
+/// Deepest path that is looked at; the deepest setting has four parts.
+const MAX_DEPTH: usize = 8;
+
 /// The path a variable names, in lower case; `None` when the variable is not one of ours.
 ///
 /// # Errors
@@ -14,7 +17,7 @@ pub const PREFIX: &str = "SOPHONT__";
 pub(super) fn path_of(variable: &str) -> Option<Result<Vec<String>, &'static str>> {
     let rest = variable.strip_prefix(PREFIX)?;
     let path: Vec<String> = rest.split("__").map(str::to_ascii_lowercase).collect();
-    let bad = path.len() < 2 || path.iter().any(String::is_empty);
+    let bad = !(2..=MAX_DEPTH).contains(&path.len()) || path.iter().any(String::is_empty);
     Some(if bad { Err("names no setting, the form is SOPHONT__SECTION__KEY") } else { Ok(path) })
 }
 
@@ -46,7 +49,7 @@ pub(super) fn split_set(text: &str) -> Result<(Vec<String>, String), &'static st
     let mut tree = Tree::of_table(parsed.get_ref());
     let mut path = Vec::new();
     while let Tree::Table(table) = tree {
-        if table.len() != 1 {
+        if table.len() != 1 || path.len() == MAX_DEPTH {
             return Err(FORM);
         }
         let (name, below) = table.into_iter().next().ok_or(FORM)?;

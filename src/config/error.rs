@@ -145,6 +145,6 @@ impl Fault for Error {
         "CONFIG_INVALID"
     }
     fn hint(&self) -> Option<String> {
-        Some(String::from("`sophont config print` shows the settings in force, docs/configuration.md what each is for"))
+        Some(String::from("docs/configuration.md tells what each setting does and allows"))
     }
 }

@@ -460,4 +460,33 @@ mod tests {
         let none: &dyn Fn(&str) -> bool = &|_| false;
         assert_eq!(check::check(&Config::default(), none), []);
     }
+
+    proptest::proptest! {
+        /// Whatever is in a file, there is an answer: settings, or what is wrong.
+        #[test]
+        fn no_file_is_too_strange(at in 0..DEFAULT_TOML.len(), cut in 0_usize..40, put in "[\\[\\]\"'=.#\\\\n{}a-z0-9é]{0,12}") {
+            let from = (0..=at).rev().find(|&at| DEFAULT_TOML.is_char_boundary(at)).unwrap_or(0);
+            let to = (from + cut..=DEFAULT_TOML.len()).find(|&at| DEFAULT_TOML.is_char_boundary(at));
+            let rest = &DEFAULT_TOML[to.unwrap_or(DEFAULT_TOML.len())..];
+            let (_dir, sources) = sources(&format!("{}{put}{rest}", &DEFAULT_TOML[..from]));
+            if let Err(Error::Problems(problems)) = load(&sources) {
+                proptest::prop_assert!(!problems.is_empty());
+                let placed = problems.iter().all(|problem| matches!(problem.origin, Origin::File { .. }));
+                proptest::prop_assert!(placed, "{}", Error::Problems(problems));
+            }
+        }
+
+        /// Whatever is in the environment and in `--set`, there is an answer.
+        #[test]
+        fn no_text_is_too_strange(name in "[A-Z_]{0,20}", key in "\\PC{0,20}", value in "\\PC{0,20}") {
+            let sources = Sources {
+                env: vec![(format!("{}{name}", env::PREFIX), value.clone())],
+                set: vec![format!("{key}={value}"), format!("http.{key}={value}")],
+                ..Sources::default()
+            };
+            if let Err(Error::Problems(problems)) = load(&sources) {
+                proptest::prop_assert!(!problems.is_empty());
+            }
+        }
+    }
 }

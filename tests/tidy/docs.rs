@@ -6,6 +6,7 @@ use crate::{File, assert_complaint, assert_tidy, read};
 
 const DEFAULTS: &str = "config/default.toml";
 const SETTINGS: &str = "docs/configuration.md";
+const PROMISES: &str = "docs/SEMANTICS.md";
 
 /// A line of the default configuration that gives a key, in force or (`# key = …`) absent by default.
 struct Setting<'a> {
@@ -114,6 +115,41 @@ pub fn uneven_migrations(paths: &[&str]) -> Vec<String> {
 
 fn number(name: &str) -> Option<u32> {
     name.strip_prefix('V')?.split("__").next()?.parse().ok()
+}
+
+/// Tests that a document names as `file::test` in backticks and that `tests/it` does not have.
+pub fn missing_tests(document: &str, tests: &[File]) -> Vec<String> {
+    let word =
+        |text: &str| !text.is_empty() && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_');
+    let quoted = document.split('`').skip(1).step_by(2);
+    let named = quoted.filter_map(|text| text.split_once("::")).filter(|(file, test)| word(file) && word(test));
+    let exists = |file: &str, test: &str| {
+        let path = format!("tests/it/{file}.rs");
+        tests.iter().any(|found| found.path == path && found.text.contains(&format!("fn {test}(")))
+    };
+    named
+        .filter(|(file, test)| !exists(file, test))
+        .map(|(file, test)| {
+            format!("{PROMISES}: there is no test `{test}` in tests/it/{file}.rs: name the one that proves it")
+        })
+        .collect()
+}
+
+#[test]
+fn every_promise_names_its_tests() {
+    let documents = read(&["docs"], ".md");
+    if let Some(document) = documents.iter().find(|file| file.path == PROMISES) {
+        let tests = read(&["tests/it"], ".rs");
+        assert!(document.text.matches("::").count() > 15, "the tests are found");
+        assert_tidy(&missing_tests(&document.text, &tests));
+    }
+    let tests = [File::new("tests/it/turn.rs", "async fn it_holds() {}")];
+    assert_tidy(&missing_tests(
+        "Run `file::name` so: `turn::it_holds`, in `types::Kind`.",
+        &[&tests[..], &[File::new("tests/it/file.rs", "fn name() {}")]].concat(),
+    ));
+    assert_complaint(&missing_tests("`turn::it_broke`", &tests), &["`it_broke`", "tests/it/turn.rs"]);
+    assert_complaint(&missing_tests("`trun::it_holds`", &tests), &["tests/it/trun.rs"]);
 }
 
 #[test]
