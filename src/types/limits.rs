@@ -58,8 +58,6 @@ pub const MAX_RECALL: usize = 100;
 pub const MAX_ANSWER_BYTES: usize = 256 * 1024;
 /// Longest line and longest event of a model's event stream, in bytes.
 pub const MAX_SSE_BYTES: usize = 256 * 1024;
-/// Longest time a request's body may take to arrive, in seconds.
-pub const BODY_SECONDS: u64 = 20;
 /// Most bytes of turns in one page of history; a page ends early rather than grow beyond it.
 pub const MAX_PAGE_BYTES: usize = 4 * 1024 * 1024;
 /// A stream of events says that it lives this often, in seconds.

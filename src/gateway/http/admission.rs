@@ -1,7 +1,7 @@
 //! Whether a request may come in, cheapest question first: drain, credentials, rights, declared size, type, then the body.
 //!
 //! Owns: reading credentials and headers, and collecting a body within its limits. Not here: what the body says (`wire.rs`).
-//! Invariants: nothing is buffered beyond the body limit or for longer than [`BODY_SECONDS`].
+//! Invariants: nothing is buffered beyond the body limit, or for longer than twice the time a request's head may take.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -16,8 +16,9 @@ use futures_util::StreamExt;
 
 use super::problem::Refusal;
 use crate::{
+    config,
     gateway::auth::Authenticator,
-    types::{AuthContext, InstanceId, Scope, limits::BODY_SECONDS},
+    types::{AuthContext, InstanceId, Scope},
 };
 
 /// Who asks.
@@ -105,17 +106,18 @@ pub fn json_type(headers: &HeaderMap, patch: bool) -> Result<(), Refusal> {
     }
 }
 
-/// Collects a body of at most `limit` bytes. The usual small body arrives whole and is not copied.
+/// Collects a body within the configured size. The usual small body arrives whole and is not copied.
 ///
 /// # Errors
 /// [`Refusal::TooLarge`] (before anything is read, when the length is declared), [`Refusal::SlowBody`],
 /// [`Refusal::BrokenBody`].
-pub async fn body(headers: &HeaderMap, payload: Payload, limit: usize) -> Result<Bytes, Refusal> {
+pub async fn body(headers: &HeaderMap, payload: Payload, config: &config::Http) -> Result<Bytes, Refusal> {
+    let limit = config.max_body_kb.saturating_mul(1024);
     let declared = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     if declared.is_some_and(|length| length > limit as u64) {
         return Err(Refusal::TooLarge(limit));
     }
-    let wait = Duration::from_secs(BODY_SECONDS);
+    let wait = Duration::from_secs(config.header_seconds.saturating_mul(2));
     match tokio::time::timeout(wait, collect(payload, limit)).await {
         Ok(collected) => collected,
         Err(_) => Err(Refusal::SlowBody(wait)),

@@ -6,7 +6,7 @@
 
 use std::{collections::VecDeque, sync::Arc, time::Duration};
 
-use actix_web::HttpResponse;
+use actix_web::{HttpResponse, http::Method};
 use serde_json::json;
 use tokio::{sync::broadcast::error::RecvError, time};
 
@@ -15,7 +15,7 @@ use super::{
     follow::{StepView, TokenView},
     problem::{Problem, Refusal},
     sse::{self, Gone, KEEP_ALIVE, Sink},
-    wire::{self, DeadLetterView},
+    view::{self, DeadLetterView},
 };
 use crate::{
     instance::events::{Draft, Event},
@@ -53,6 +53,9 @@ pub async fn get(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
         None => newest,
     };
     let (sink, response) = sse::open(&caller.shared.meters);
+    if caller.request.method() == Method::HEAD {
+        return Ok(response); // without a sink the stream ends at once
+    }
     let stream = Stream {
         shared: caller.shared.clone(),
         key,
@@ -190,7 +193,7 @@ impl Stream {
     }
 
     async fn turn(&mut self, turn: &TurnRecord) -> Result<(), End> {
-        let frame = sse::frame("turn", Some(&turn.turn.to_string()), &wire::turn_json(turn));
+        let frame = sse::frame("turn", Some(&turn.turn.to_string()), &view::turn_json(turn));
         self.sink.send(frame).await?;
         self.last = turn.turn;
         Ok(())

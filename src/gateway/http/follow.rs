@@ -17,7 +17,7 @@ use super::{
     Shared,
     problem::{Problem, Refusal},
     sse::{self, Gone, KEEP_ALIVE, Sink},
-    wire::{self, Status, StatusView},
+    view::{self, Status, StatusView},
 };
 use crate::{
     instance::{
@@ -322,7 +322,7 @@ impl Follow {
 
     async fn turn(&mut self, turn: &TurnRecord) -> Flow {
         let id = format!("{}:turn", self.stimulus);
-        self.sink.send(sse::frame("turn", Some(&id), &wire::turn_json(turn))).await?;
+        self.sink.send(sse::frame("turn", Some(&id), &view::turn_json(turn))).await?;
         Err(End::Done)
     }
 

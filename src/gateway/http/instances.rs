@@ -12,7 +12,7 @@ use super::{
     Caller, admission, json_body,
     problem::{Problem, Refusal},
     respond,
-    wire::{self, Activation, DeadLetterView, InstanceView, ListedView, Page, Status, StatusView, TurnView},
+    view::{self, Activation, DeadLetterView, InstanceView, ListedView, Page, Status, StatusView, TurnView},
 };
 use crate::types::{
     InstanceId, InstanceKey, Profile, StimulusId, TurnRecord,
@@ -27,8 +27,7 @@ pub async fn put(caller: &Caller<'_>, payload: Payload) -> Result<HttpResponse, 
     let key = caller.instance()?;
     caller.query(&[])?;
     admission::json_type(caller.request.headers(), false)?;
-    let limit = caller.shared.config.max_body_kb.saturating_mul(1024);
-    let bytes = admission::body(caller.request.headers(), payload, limit).await?;
+    let bytes = admission::body(caller.request.headers(), payload, &caller.shared.config).await?;
     if bytes.len() > MAX_PROFILE_BYTES {
         return Err(Refusal::ProfileTooLarge.into());
     }
@@ -63,7 +62,7 @@ async fn show(caller: &Caller<'_>, key: &InstanceKey, status: StatusCode) -> Res
         node: &caller.shared.node,
         inbox: presence.inbox.max(loaded.inbox.len()),
     };
-    Ok(respond(status, wire::to_json(&view)))
+    Ok(respond(status, view::to_json(&view)))
 }
 
 /// `DELETE /v1/instances/{id}`.
@@ -99,7 +98,7 @@ pub async fn list(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
         profile: listed.profile.as_deref(),
     });
     let next = (listed.len() > limit).then(|| shown.last().map(|last| last.instance.to_string())).flatten();
-    Ok(respond(StatusCode::OK, wire::to_json(&Page { items: items.collect(), next })))
+    Ok(respond(StatusCode::OK, view::to_json(&Page { items: items.collect(), next })))
 }
 
 /// `GET /v1/instances/{id}/turns`.
@@ -118,7 +117,7 @@ pub async fn turns(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
     let shown = read.get(..count).unwrap_or(&read);
     let next = (read.len() > count).then(|| shown.last().map(|last| last.turn.to_string())).flatten();
     let items = shown.iter().map(|turn| TurnView::from(&**turn)).collect();
-    Ok(respond(StatusCode::OK, wire::sized_json(&Page { items, next }, count * 512 + 64)))
+    Ok(respond(StatusCode::OK, view::sized_json(&Page { items, next }, count * 512 + 64)))
 }
 
 /// How many turns fit one page: at most `limit`, and no more bytes than a page may have, but always one.
@@ -151,7 +150,7 @@ pub async fn dead_letters(caller: &Caller<'_>) -> Result<HttpResponse, Problem> 
     let shown = dead.get(..limit).unwrap_or(&dead);
     let next = (dead.len() > limit).then(|| shown.last().map(|last| last.stimulus.id.to_string())).flatten();
     let items = shown.iter().map(DeadLetterView::from).collect();
-    Ok(respond(StatusCode::OK, wire::to_json(&Page { items, next })))
+    Ok(respond(StatusCode::OK, view::to_json(&Page { items, next })))
 }
 
 /// `POST /v1/instances/{id}/dead-letters/{sid}/retry`.
@@ -170,7 +169,7 @@ pub async fn retry(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
         turn: None,
         reason: None,
     };
-    let mut response = respond(StatusCode::ACCEPTED, wire::to_json(&view));
+    let mut response = respond(StatusCode::ACCEPTED, view::to_json(&view));
     if let Ok(location) = HeaderValue::try_from(format!("/v1/stimuli/{id}?instance={}", key.instance)) {
         response.headers_mut().insert(actix_web::http::header::LOCATION, location);
     }

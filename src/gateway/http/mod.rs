@@ -1,7 +1,7 @@
 //! The HTTP door: requests in, stimuli and reads inward, JSON and streams out.
 //!
 //! Owns: the listener's threads, the straight line of one request (id, route, caller, call, metrics) and [`Parts`], what a
-//! node hands in. The parts of that line: `route.rs` (which call), `admission.rs` (who and how much), `wire.rs` (JSON),
+//! node hands in. The parts of that line: `route.rs` (which call), `admission.rs` (who and how much), `wire.rs` and `view.rs` (JSON),
 //! `problem.rs` (errors), `stimuli.rs` `instances.rs` `state.rs` `pages.rs` (calls), `follow.rs` `events.rs` `sse.rs`
 //! (streams), `openapi.rs` (the document), `meters.rs`. Not here: how an instance decides, TLS (a proxy's work as yet).
 //!
@@ -15,7 +15,7 @@ use actix_web::{
     body::BoxBody,
     dev::Server,
     http::{
-        StatusCode,
+        Method, StatusCode,
         header::{self, HeaderMap, HeaderName, HeaderValue},
     },
     web::{self, Payload, ServiceConfig},
@@ -47,6 +47,7 @@ mod route;
 mod sse;
 mod state;
 mod stimuli;
+mod view;
 mod wire;
 
 use meters::Meters;
@@ -149,7 +150,8 @@ pub fn serve(listener: TcpListener, parts: Parts, drain: Drain) -> io::Result<Se
         .keep_alive(Duration::from_secs(config.keep_alive_seconds))
         .tcp_nodelay(true)
         .disable_signals()
-        .shutdown_timeout(1)
+        // A stop waits for the answers in hand, and no answer is waited for longer than this.
+        .shutdown_timeout(config.max_wait_seconds)
         .shutdown_signal(async move { drain.stopped().await })
         .listen(listener)?;
     Ok(server.run())
@@ -283,6 +285,11 @@ impl Caller<'_> {
 
     fn header(&self, name: &str) -> Option<&str> {
         self.request.headers().get(name).and_then(|value| value.to_str().ok())
+    }
+
+    /// Whether the answer is to be a stream of events: asked for, and with a body at all.
+    fn wants_events(&self) -> bool {
+        self.request.method() != Method::HEAD && admission::wants_events(self.request.headers())
     }
 
     /// The header that names a stimulus; quoted, as its draft standard says, or bare.

@@ -1,4 +1,4 @@
-//! The API document (OpenAPI 3.1), generated from these descriptions and the types of `wire.rs`.
+//! The API document (OpenAPI 3.1), generated from these descriptions and the types of `wire.rs` and `view.rs`.
 //!
 //! Owns: what `/openapi.json` says. The functions here are descriptions only; `mod.rs` serves the calls. Errors that calls
 //! have in common are added by rule, so that no status is undocumented.
@@ -15,9 +15,8 @@ use utoipa::{
 
 use super::{
     problem::ProblemView,
-    wire::{
-        DeadLetterView, InstanceView, ListedView, Page, StatePatchBody, StateView, StatusView, StimulusBody, TurnView,
-    },
+    view::{DeadLetterView, InstanceView, ListedView, Page, StateView, StatusView, TurnView},
+    wire::{StatePatchBody, StimulusBody},
 };
 use crate::types::Profile;
 

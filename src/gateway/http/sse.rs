@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 
 use super::{
     meters::{Meters, StreamGuard},
-    wire,
+    view,
 };
 use crate::types::limits::STREAM_STALL_SECONDS;
 
@@ -68,7 +68,7 @@ pub fn open(meters: &Meters) -> (Sink, HttpResponse) {
 
 /// One event with a view as its data.
 pub fn event<T: Serialize>(name: &str, id: Option<&str>, view: &T) -> Bytes {
-    frame(name, id, &wire::to_json(view))
+    frame(name, id, &view::to_json(view))
 }
 
 /// One event. Line breaks between the values of stored JSON become lines of the same event.

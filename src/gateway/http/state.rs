@@ -16,7 +16,7 @@ use serde_json::value::RawValue;
 use super::{
     Caller, admission, json_body,
     problem::{Problem, Refusal},
-    respond, wire,
+    respond, view, wire,
 };
 use crate::{
     cluster::Router,
@@ -48,8 +48,7 @@ pub async fn patch(caller: &Caller<'_>, payload: Payload) -> Result<HttpResponse
     caller.query(&[])?;
     let expected = expected(caller.request.headers())?;
     admission::json_type(caller.request.headers(), true)?;
-    let limit = caller.shared.config.max_body_kb.saturating_mul(1024);
-    let bytes = admission::body(caller.request.headers(), payload, limit).await?;
+    let bytes = admission::body(caller.request.headers(), payload, &caller.shared.config).await?;
     let patch: &RawValue = json_body(&bytes)?;
     let patch = RawJson::parse(patch.get()).map_err(|error| Refusal::Field(error.to_string()))?;
     let channel = wire::channel(Router::PATCH_CHANNEL)?;
@@ -66,7 +65,7 @@ pub async fn patch(caller: &Caller<'_>, payload: Payload) -> Result<HttpResponse
 }
 
 fn show(state: &StateSnapshot) -> HttpResponse {
-    let mut response = respond(StatusCode::OK, wire::state_body(state));
+    let mut response = respond(StatusCode::OK, view::state_body(state));
     response.headers_mut().insert(header::ETAG, etag(state.version));
     response
 }

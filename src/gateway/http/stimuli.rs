@@ -17,7 +17,8 @@ use super::{
     json_body,
     problem::{Problem, Refusal},
     respond, sse,
-    wire::{self, Status, StatusView, StimulusBody},
+    view::{self, Status, StatusView},
+    wire::StimulusBody,
 };
 use crate::{
     instance::{Error, Receipt, Until, events::Watch},
@@ -36,10 +37,9 @@ pub async fn post(caller: &Caller<'_>, payload: Payload) -> Result<HttpResponse,
     let key = caller.instance()?;
     let query = caller.query(&["wait"])?;
     admission::json_type(caller.request.headers(), false)?;
-    let limit = caller.shared.config.max_body_kb.saturating_mul(1024);
-    let bytes = admission::body(caller.request.headers(), payload, limit).await?;
+    let bytes = admission::body(caller.request.headers(), payload, &caller.shared.config).await?;
     let body: StimulusBody<'_> = json_body(&bytes)?;
-    let streamed = admission::wants_events(caller.request.headers());
+    let streamed = caller.wants_events();
     let resume = if streamed { resume(caller)? } else { None };
     let id = agreed_id(caller.idempotency_key()?, body.id(), resume.as_ref())?;
     let mut stimulus = body.into_stimulus(&caller.who, id, caller.shared.clock.now())?;
@@ -130,7 +130,7 @@ fn standing(caller: &Caller<'_>, key: &InstanceKey, id: &StimulusId) -> Status {
 }
 
 fn decided(turn: &TurnRecord, repeated: bool) -> HttpResponse {
-    let mut response = respond(StatusCode::OK, wire::turn_json(turn));
+    let mut response = respond(StatusCode::OK, view::turn_json(turn));
     if repeated {
         let name = actix_web::http::header::HeaderName::from_static("idempotent-replayed");
         response.headers_mut().insert(name, HeaderValue::from_static("true"));
@@ -140,7 +140,7 @@ fn decided(turn: &TurnRecord, repeated: bool) -> HttpResponse {
 
 fn accepted(instance: &InstanceId, id: &StimulusId, at: Millis, status: Status) -> HttpResponse {
     let view = StatusView { id, instance, status, accepted_at: at, turn: None, reason: None };
-    let mut response = respond(StatusCode::ACCEPTED, wire::to_json(&view));
+    let mut response = respond(StatusCode::ACCEPTED, view::to_json(&view));
     // Ids are made of characters that need no escape in a URL.
     if let Ok(location) = HeaderValue::try_from(format!("/v1/stimuli/{id}?instance={instance}")) {
         response.headers_mut().insert(actix_web::http::header::LOCATION, location);
@@ -223,7 +223,7 @@ pub async fn get(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
     };
     admission::within(&caller.who, &instance)?;
     let key = caller.who.key(instance);
-    let streamed = admission::wants_events(caller.request.headers());
+    let streamed = caller.wants_events();
     let watch = streamed.then(|| caller.shared.router.hub().watch(&key));
     let known = caller.shared.router.store().find(&key, &id).await?.ok_or(Refusal::NoStimulus)?;
     match watch {
@@ -254,5 +254,5 @@ fn status(caller: &Caller<'_>, key: &InstanceKey, known: &Known) -> Vec<u8> {
         Known::Dead(dead) => (&dead.stimulus, Status::Dead, None, Some(&*dead.reason)),
     };
     let accepted_at = stimulus.accepted_at;
-    wire::to_json(&StatusView { id: &stimulus.id, instance: &key.instance, status, accepted_at, turn, reason })
+    view::to_json(&StatusView { id: &stimulus.id, instance: &key.instance, status, accepted_at, turn, reason })
 }
