@@ -65,6 +65,13 @@ impl Place {
         })
     }
 
+    /// The numbers of the turns that one jump can land on, farthest first.
+    pub(crate) fn landings(&self) -> impl Iterator<Item = u64> + use<> {
+        let last = self.turn.saturating_sub(1);
+        let back = self.back;
+        (0..LEVELS).rev().filter(move |level| back[*level] != 0).map(move |level| last - last % STEPS[level])
+    }
+
     /// The coarse links of the record that follows 4096 turns after this one, which stands at `position` and whose number
     /// is a multiple of 4096.
     pub(crate) fn coarse_for_next(&self, position: i64) -> [i64; LEVELS - LOW] {

@@ -22,11 +22,9 @@ use crate::types::{
 };
 
 mod check;
-#[allow(dead_code)] // walked by the durable backends
 mod links;
 pub mod memory;
 mod rank;
-#[allow(dead_code)] // as links
 mod replay;
 pub mod sqlite;
 

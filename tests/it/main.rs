@@ -9,5 +9,6 @@ mod support;
 mod config;
 mod instance;
 mod load;
+mod store_contract;
 mod support_works;
 mod thinking;

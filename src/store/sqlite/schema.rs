@@ -1,0 +1,140 @@
+//! Opening: the lock on the data folder, connections and their settings, migrations, and what SQLite's errors mean.
+//!
+//! Tests: `tests/it/store_sqlite.rs`.
+
+use std::{
+    fs::{File, TryLockError},
+    io::{Read as _, Seek as _, Write as _},
+    path::Path,
+    time::Duration,
+};
+
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension as _, config::DbConfig};
+
+use crate::{
+    config::{self, Durability},
+    store::Error,
+};
+
+/// The database, within the data folder.
+pub(super) const DATABASE: &str = "sophont.db";
+/// The file whose lock says that a process uses the folder.
+const LOCK: &str = "sophont.lock";
+/// How long a connection waits for another of this process, for example a checkpoint at its end.
+const BUSY: Duration = Duration::from_secs(5);
+/// Most prepared statements a connection keeps.
+const STATEMENTS: usize = 96;
+/// Bytes of the database a reader maps, at most.
+const MMAP_BYTES: i64 = 1 << 30;
+
+mod migrations {
+    refinery::embed_migrations!("migrations/sqlite");
+}
+
+/// What an error of SQLite means to the store.
+pub(super) fn error(error: &rusqlite::Error) -> Error {
+    let text = error.to_string();
+    match error.sqlite_error_code() {
+        Some(ErrorCode::DiskFull) => Error::Full(text),
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => Error::Locked(text),
+        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Error::Corrupt(text),
+        _ => Error::Backend(text),
+    }
+}
+
+impl From<rusqlite::Error> for Error {
+    fn from(cause: rusqlite::Error) -> Self {
+        error(&cause)
+    }
+}
+
+/// Takes the data folder for this process; the lock lasts as long as the file is held.
+///
+/// # Errors
+/// [`Error::Locked`] when another process has it, [`Error::Backend`] when the folder cannot be used.
+pub(super) fn lock(folder: &Path) -> Result<File, Error> {
+    let failed = |what: &str, e: &dyn std::fmt::Display| Error::Backend(format!("{what} {}: {e}", folder.display()));
+    std::fs::create_dir_all(folder).map_err(|e| failed("cannot make the data folder", &e))?;
+    let path = folder.join(LOCK);
+    let mut file = File::options()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(&path)
+        .map_err(|e| failed("cannot open the lock file in", &e))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut holder = String::new();
+            let known = file.read_to_string(&mut holder).is_ok() && !holder.trim().is_empty();
+            let holder = if known { format!(" (process {})", holder.trim()) } else { String::new() };
+            return Err(Error::Locked(format!("{} is in use{holder}", folder.display())));
+        }
+        Err(TryLockError::Error(e)) => return Err(failed("cannot lock", &e)),
+    }
+    // Who holds it is told to whoever comes second; when it cannot be written, the lock holds all the same.
+    let _ = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| write!(file, "{}", std::process::id()));
+    Ok(file)
+}
+
+fn settings(db: &Connection, config: &config::Store) -> Result<(), rusqlite::Error> {
+    db.busy_timeout(BUSY)?;
+    db.set_prepared_statement_cache_capacity(STATEMENTS);
+    // The last connection to close would checkpoint and remove the log; `close` does so, a crash (or a drop) does not.
+    db.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+    let cache_kib = i64::try_from(config.cache_mb.saturating_mul(1024)).unwrap_or(i64::MAX);
+    db.pragma_update(None, "cache_size", -cache_kib.max(1024))?;
+    db.pragma_update(None, "temp_store", "MEMORY")
+}
+
+/// A connection that writes.
+pub(super) fn writer(folder: &Path, config: &config::Store) -> Result<Connection, Error> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let db = Connection::open_with_flags(folder.join(DATABASE), flags)?;
+    settings(&db, config)?;
+    let mode: String = db.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))?;
+    if !mode.eq_ignore_ascii_case("wal") {
+        return Err(Error::Backend(format!("the data folder allows no write-ahead log (journal mode {mode})")));
+    }
+    let synchronous = match config.durability {
+        Durability::Full => "FULL",
+        Durability::Normal => "NORMAL",
+        Durability::Off => "OFF",
+    };
+    db.pragma_update(None, "synchronous", synchronous)?;
+    // Checkpoints are the checkpoint thread's work: none may hide in a commit.
+    db.pragma_update(None, "wal_autocheckpoint", 0)?;
+    Ok(db)
+}
+
+/// A connection that only reads.
+pub(super) fn reader(folder: &Path, config: &config::Store) -> Result<Connection, Error> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let db = Connection::open_with_flags(folder.join(DATABASE), flags)?;
+    settings(&db, config)?;
+    db.pragma_update(None, "mmap_size", MMAP_BYTES)?;
+    db.pragma_update(None, "query_only", true)?;
+    Ok(db)
+}
+
+/// Brings the schema to what this build knows.
+///
+/// # Errors
+/// [`Error::NewerSchema`] before anything is touched; otherwise what SQLite says.
+pub(super) fn migrate(db: &mut Connection) -> Result<(), Error> {
+    let runner = migrations::migrations::runner();
+    let known = runner.get_migrations().iter().map(refinery::Migration::version).max().unwrap_or(0);
+    let known = u32::try_from(known).unwrap_or(u32::MAX);
+    let table: Option<i64> = db
+        .query_row("SELECT 1 FROM sqlite_schema WHERE name = 'refinery_schema_history'", [], |row| row.get(0))
+        .optional()?;
+    if table.is_some() {
+        let found: Option<u32> =
+            db.query_row("SELECT max(version) FROM refinery_schema_history", [], |row| row.get(0))?;
+        if let Some(found) = found.filter(|found| *found > known) {
+            return Err(Error::NewerSchema { found, known });
+        }
+    }
+    runner.run(db).map(drop).map_err(|e| Error::Backend(format!("the schema could not be brought up to date: {e}")))
+}
