@@ -135,8 +135,7 @@ fn choose<'a>(question: &str, recollection: &'a [Episode]) -> Vec<(&'a Episode, 
     let scores = rank(&asked, &sentences);
     let best = scores.iter().copied().fold(0.0, f64::max);
     if best <= 0.0 {
-        // The search found them by words our stems do not join: say the best of it rather than deny it.
-        return sentences.first().map(|sentence| (sentence.episode, sentence.text)).into_iter().collect();
+        return Vec::new();
     }
     let mut order: Vec<usize> = (0..sentences.len()).filter(|&index| scores[index] >= best * FIT).collect();
     order.sort_by(|&a, &b| {
@@ -253,6 +252,8 @@ mod tests {
         let (text, data) = said("Where is the key?", &[]);
         assert_eq!(text, "I remember nothing about that.");
         assert_eq!(data, json!({"episodes": []}));
+        let beside_the_point = [episode(1, "the lamp is where it was")];
+        assert_eq!(said("Where is the key?", &beside_the_point).0, text, "fillers in common are no answer");
     }
 
     #[test]

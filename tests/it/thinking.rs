@@ -15,11 +15,12 @@ use std::{
 
 use serde_json::{Value, json};
 use sophont::{
-    cognition::{Action, Engine, Engines, Error, Progress, Question, Thought},
-    config,
+    cognition::{Action, Engine, Engines, Error, Progress, Question, Thought, answer::Extractive},
+    config, memory,
+    store::{Done, Fence, Head, Unit, Work, Writer, memory::MemoryStore},
     types::{
-        Channel, Fault, InstanceId, InstanceKey, Kind, Millis, Profile, Reply, Source, StateDoc, Stimulus, TenantId,
-        Usage, profile::EngineName,
+        Channel, Fault, InstanceId, InstanceKey, Kind, Millis, Outcome, Profile, Reply, Source, StateChange, StateDoc,
+        Stimulus, TenantId, TurnRecord, Usage, profile::EngineName,
     },
 };
 use tokio::{
@@ -473,4 +474,56 @@ async fn an_address_where_nobody_listens_is_unavailable() {
     let error = ask(&engine, &Heard::default()).await.unwrap_err();
     assert!(error.to_string().contains("cannot connect"), "{error}");
     assert_eq!(error.kind(), Kind::Unavailable);
+}
+
+#[tokio::test]
+async fn what_was_told_answers_a_later_question_without_a_model() {
+    let store = MemoryStore::new();
+    let mut head = Head::default();
+    for text in ["The spare key hangs behind the boiler.", "Anna likes black tea", "where is the key?"] {
+        let told = question(text, PATIENCE);
+        let thought = Extractive.think(told.clone(), &Heard::default()).await.unwrap();
+        let episodes = thought.actions.into_iter().filter_map(|action| match action {
+            Action::Remember(draft) => Some(draft),
+            _ => None,
+        });
+        let turn = TurnRecord {
+            turn: head.turn + 1,
+            version: 0,
+            stimulus: (*told.stimulus).clone(),
+            outcome: Outcome::Silent,
+            reply: None,
+            effects: vec![],
+            state: StateChange::None,
+            episodes: episodes.collect(),
+            steps: 0,
+            engine: String::from("reflex"),
+            model: None,
+            usage: None,
+            error: None,
+            decided_at: Millis(1_795_237_853_120),
+        };
+        let (done, end) = Done::channel();
+        let work = Work::Turns { head, turns: vec![Arc::new(turn)] };
+        store.submit(Unit { key: told.key, fence: Fence::default(), work, done });
+        head = end.await.unwrap().unwrap().head;
+    }
+    let answers = async |text: &str| {
+        let mut asked = question(text, PATIENCE);
+        asked.recollection = memory::recall(&store, &asked.key, text, 8, PATIENCE).await.unwrap();
+        let known: Vec<u64> = asked.recollection.iter().map(|episode| episode.id).collect();
+        let thought = Extractive.think(asked, &Heard::default()).await.unwrap();
+        let [Action::Reply(reply)] = &thought.actions[..] else { panic!("{thought:?}") };
+        let data = reply.data.as_ref().unwrap().value();
+        for id in data["episodes"].as_array().unwrap() {
+            assert!(known.contains(&id.as_u64().unwrap()), "{id} is no episode of {known:?}");
+        }
+        (reply.content.clone().unwrap(), data["episodes"].as_array().unwrap().len())
+    };
+    let (text, episodes) = answers("Where are the spare keys?").await;
+    assert!(text.starts_with("I remember: \u{201c}The spare key hangs behind the boiler\u{201d} (episode "), "{text}");
+    assert_eq!(episodes, 1, "the question itself was not remembered");
+    assert_eq!(answers("What does Anna like?").await.1, 1);
+    assert_eq!(answers("Where is the ladder?").await, (String::from("I remember nothing about that."), 0));
+    assert_eq!(answers("What is it?").await.1, 0);
 }

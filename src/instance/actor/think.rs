@@ -138,7 +138,7 @@ async fn ask(
     fn unavailable(error: impl std::fmt::Display) -> Failure {
         Failure::Engine(cognition::Error::Unavailable(error.to_string()))
     }
-    let (episodes, recent) = mind.engine.wants(&mind.profile);
+    let (episodes, recent) = mind.engine.wants_for(&mind.profile, &question.stimulus);
     let (reader, limit) = (&environment.store, question.deadline);
     if turns > 0 {
         let text = question.stimulus.content.as_deref().unwrap_or_default();
