@@ -89,6 +89,11 @@ fn part(error: impl std::fmt::Display) -> Error {
     Error::Part(error.to_string())
 }
 
+/// Runs a future on this thread inside the actor system that [`Node::start`] needs.
+pub fn system<F: Future>(main: F) -> F::Output {
+    actix_rt::System::new().block_on(main)
+}
+
 /// A running node. Dropping it does not stop it; [`Node::drain`] does.
 pub struct Node {
     /// Where HTTP listens.

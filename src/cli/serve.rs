@@ -8,7 +8,10 @@ use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Failure, SettingsArgs, out};
-use crate::{node::Node, telemetry};
+use crate::{
+    node::{self, Node},
+    telemetry,
+};
 
 /// Exit code when a second signal cut the graceful stop short.
 const CUT_SHORT: u8 = 130;
@@ -19,7 +22,7 @@ pub fn run(settings: &SettingsArgs) -> Result<ExitCode, Failure> {
     let config = loaded.config;
     telemetry::log::install(&config.telemetry, &config.node.name).map_err(|error| Failure::new(error.to_string()))?;
     telemetry::prometheus::install();
-    actix_rt::System::new().block_on(async move {
+    node::system(async move {
         let failed = |error: std::io::Error| Failure::new(format!("signals cannot be received: {error}"));
         let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
