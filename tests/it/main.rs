@@ -7,8 +7,10 @@
 mod support;
 
 mod config;
+mod delivery;
 mod instance;
 mod load;
+mod mqtt_external;
 mod store_contract;
 mod support_works;
 mod thinking;

@@ -169,7 +169,9 @@ impl Drop for Mosquitto {
 
 /// Runs `mosquitto_pub` against a broker or node.
 pub async fn publish(to: SocketAddr, arguments: &[&str]) -> Output {
-    program::run(client("mosquitto_pub", to, arguments), PATIENCE).await
+    let mut command = Command::new(program::find("mosquitto_pub"));
+    command.args(of(to)).args(arguments);
+    program::run(command, PATIENCE).await
 }
 
 /// A `mosquitto_sub` in the background whose lines are collected in a file. Dropping it ends it.
@@ -186,7 +188,9 @@ impl Subscriber {
     pub async fn start(to: SocketAddr, arguments: &[&str]) -> Self {
         let home = TempDir::new().expect("a temporary folder");
         let (lines, errors) = (home.path().join("lines"), home.path().join("errors"));
-        let mut command = client("mosquitto_sub", to, arguments);
+        // Into a file it would write only full buffers: lines are wanted as they come.
+        let mut command = Command::new(program::find("stdbuf"));
+        command.arg("-oL").arg(program::find("mosquitto_sub")).args(of(to)).args(arguments);
         command.arg("-d").kill_on_drop(true).stdin(Stdio::null());
         command.stdout(File::create(&lines).expect("a file")).stderr(File::create(&errors).expect("a file"));
         let child = command.spawn().expect("mosquitto_sub starts");
@@ -220,8 +224,6 @@ fn read(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_default()
 }
 
-fn client(name: &str, to: SocketAddr, arguments: &[&str]) -> Command {
-    let mut command = Command::new(program::find(name));
-    command.args(["-h", &to.ip().to_string(), "-p", &to.port().to_string()]).args(arguments);
-    command
+fn of(to: SocketAddr) -> [String; 4] {
+    ["-h".into(), to.ip().to_string(), "-p".into(), to.port().to_string()]
 }
