@@ -1,6 +1,6 @@
 //! Promise 5 from the sending end: effects leave after their commit, in order, at least once, and nothing holds the log.
 //!
-//! Real store in memory, real courier, a real web server; the doors are fakes that fail on demand. Crashes are the end of the
+//! Real stores (in memory, and SQLite where the store matters), real courier, a real web server; the doors are fakes that fail on demand. Crashes are the end of the
 //! courier's task at a moment of the test's choosing: what it kept in memory is gone, what it wrote stays.
 
 use std::{
@@ -14,19 +14,24 @@ use std::{
 
 use async_trait::async_trait;
 use sophont::{
-    config,
+    config::{self, Config},
     delivery::{Acceptor, Courier, Message, Observed, Parts, Publisher},
     runtime::{clock::Clock, drain::Drain},
-    store::{Committed, Done, Fence, Head, Reader, Unit, Work, Writer, memory::MemoryStore},
+    store::{
+        Committed, Done, Fence, Head, Rejection, Store, Unit, Work,
+        memory::{Faults, MemoryStore},
+        sqlite::SqliteStore,
+    },
     types::{
         Channel, Effect, EffectKind, InstanceId, InstanceKey, Millis, Outcome, RawJson, Reply, Source, StateChange,
         Stimulus, TenantId, TurnRecord,
     },
 };
+use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
-    sync::Semaphore,
+    sync::{Semaphore, oneshot::Receiver},
 };
 
 use crate::support::{PATIENCE, wait_for, wait_until};
@@ -116,7 +121,9 @@ impl Acceptor for Door {
 
 /// A store, a door, a clock, and the courier between them.
 struct Bench {
-    store: MemoryStore,
+    store: Arc<dyn Store>,
+    faults: Faults,
+    folder: Option<TempDir>,
     door: Arc<Door>,
     clock: Clock,
     config: config::Delivery,
@@ -127,14 +134,32 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let config = config::Delivery { webhook_allow: Vec::new(), webhook_seconds: 5, max_tries: 20 };
-        let (store, door, clock) = (MemoryStore::new(), Arc::default(), Clock::manual(START));
-        Self { store, door, clock, config, heads: HashMap::new(), running: None }
+        let (memory, door, clock) = (MemoryStore::new(), Arc::default(), Clock::manual(START));
+        let (faults, store) = (memory.faults(), Arc::new(memory));
+        Self { store, faults, folder: None, door, clock, config, heads: HashMap::new(), running: None }
+    }
+
+    /// On SQLite in a folder of its own.
+    fn on_disk() -> Self {
+        let mut bench = Self::new();
+        let folder = TempDir::new().unwrap();
+        bench.store = SqliteStore::open(folder.path(), &Config::default().store, bench.clock.clone()).unwrap();
+        bench.folder = Some(folder);
+        bench
+    }
+
+    /// Closes the file and opens it again.
+    fn open_again(&mut self) {
+        self.store.close();
+        self.store = Arc::new(MemoryStore::new());
+        let folder = self.folder.as_ref().unwrap();
+        self.store = SqliteStore::open(folder.path(), &Config::default().store, self.clock.clone()).unwrap();
     }
 
     fn start(&mut self) {
         let drain = Drain::default();
         let parts = Parts {
-            store: Arc::new(self.store.clone()),
+            store: self.store.clone(),
             publisher: Some(self.door.clone()),
             acceptor: self.door.clone(),
             config: self.config.clone(),
@@ -158,14 +183,28 @@ impl Bench {
 
     /// Commits a turn with these effects, and returns its number.
     async fn turn(&mut self, instance: &str, kinds: Vec<EffectKind>) -> u64 {
+        let end = self.submit(instance, vec![kinds]);
+        let Committed { head, .. } = end.await.unwrap().unwrap();
+        self.heads.insert(key(instance), head);
+        head.turn
+    }
+
+    /// Submits turns of an instance, the effects of each given.
+    fn submit(&self, instance: &str, turns: Vec<Vec<EffectKind>>) -> Receiver<Result<Committed, Rejection>> {
         let key = key(instance);
         let head = self.heads.get(&key).copied().unwrap_or_default();
+        let turns = (head.turn + 1..).zip(turns).map(|(number, kinds)| Arc::new(self.record(number, kinds))).collect();
+        let (done, end) = Done::channel();
+        self.store.submit(Unit { key, fence: Fence::default(), work: Work::Turns { head, turns }, done });
+        end
+    }
+
+    fn record(&self, turn: u64, kinds: Vec<EffectKind>) -> TurnRecord {
         let now = self.clock.now();
-        let stimulus = Stimulus::text(Source::Http, Channel::new("chat").unwrap(), "hi", now);
-        let turn = TurnRecord {
-            turn: head.turn + 1,
+        TurnRecord {
+            turn,
             version: 0,
-            stimulus,
+            stimulus: Stimulus::text(Source::Http, Channel::new("chat").unwrap(), "hi", now),
             outcome: Outcome::Replied,
             reply: Some(Reply { content: Some("a reply".into()), data: None }),
             effects: kinds.into_iter().zip(0..).map(|(kind, index)| Effect { index, kind }).collect(),
@@ -177,17 +216,11 @@ impl Bench {
             usage: None,
             error: None,
             decided_at: now,
-        };
-        let (done, end) = Done::channel();
-        let work = Work::Turns { head, turns: vec![Arc::new(turn)] };
-        self.store.submit(Unit { key: key.clone(), fence: Fence::default(), work, done });
-        let Committed { head, .. } = end.await.unwrap().unwrap();
-        self.heads.insert(key, head);
-        head.turn
+        }
     }
 
     async fn last_position(&self) -> i64 {
-        self.store.outgoing(0, usize::MAX).await.unwrap().last().map_or(0, |outgoing| outgoing.position)
+        self.store.outgoing(0, 1_000_000).await.unwrap().last().map_or(0, |outgoing| outgoing.position)
     }
 
     async fn wait_shipped(&self) {
@@ -304,24 +337,33 @@ async fn what_is_not_taken_is_put_off_in_order_and_holds_nobody_else() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_put_off_keeps_its_place_over_a_crash() {
-    let mut bench = Bench::new();
+    let mut bench = Bench::on_disk();
     bench.door.fail("a");
     bench.start();
-    for n in 1..=3u64 {
+    for n in 1..=12u64 {
         bench.turn("a", vec![say("x", n.to_string())]).await;
     }
-    wait_until("three are put off", PATIENCE, async || bench.pending().await == 3).await;
+    let due = bench.clock.now().plus(3_600_000);
+    bench.turn("b", vec![EffectKind::Remind { due, content: None, data: None }, say("x", "1")]).await;
+    wait_until("all is put off", PATIENCE, async || bench.pending().await == 13).await;
+    bench.wait_shipped().await;
     bench.crash().await;
     bench.door.mend();
-    bench.turn("a", vec![say("x", "4")]).await;
+    bench.turn("a", vec![say("x", "13")]).await;
+    bench.open_again();
     bench.start();
-    wait_until("the fourth waits behind", PATIENCE, async || bench.pending().await == 4).await;
+    wait_until("the new one waits behind", PATIENCE, async || bench.pending().await == 14).await;
     assert!(bench.door.of("a").is_empty());
     let taken = wait_for("all of them", PATIENCE, async || {
         bench.clock.advance(200);
-        Some(bench.door.of("a")).filter(|taken| taken.len() >= 4)
+        Some(bench.door.of("a")).filter(|taken| taken.len() >= 13)
     });
-    assert_eq!(taken.await, numbers(1..=4));
+    assert_eq!(taken.await, numbers(1..=13));
+    assert_eq!(bench.door.of("b"), ["1"], "what was delivered before is not sent again");
+    wait_until("the reminder is left", PATIENCE, async || bench.pending().await == 1).await;
+    bench.clock.advance(3_600_000);
+    wait_until("it comes", PATIENCE, async || bench.pending().await == 0).await;
+    assert_eq!(bench.door.accepted.lock().unwrap().len(), 1);
 }
 
 #[tokio::test]
@@ -370,8 +412,8 @@ async fn a_failing_store_delays_and_loses_nothing() {
     bench.door.fail("a");
     bench.turn("a", vec![say("x", "1")]).await;
     bench.turn("b", vec![say("x", "1")]).await;
-    bench.store.faults().fail_reads(2, sophont::store::Error::Backend("a read".into()));
-    bench.store.faults().fail_next(2, sophont::store::Error::Full("a write".into()));
+    bench.faults.fail_reads(2, sophont::store::Error::Backend("a read".into()));
+    bench.faults.fail_next(2, sophont::store::Error::Full("a write".into()));
     bench.start();
     bench.wait_taken(1).await;
     bench.wait_shipped().await;
@@ -475,28 +517,38 @@ async fn a_graceful_end_delivers_the_log_and_stores_the_position() {
     assert_eq!(bench.store.shipped().await.unwrap(), bench.last_position().await);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn twenty_thousand_effects_of_a_thousand_instances() {
-    let mut bench = Bench::new();
-    for _ in 0..20u64 {
-        for instance in 0..1000 {
-            let instance = format!("i{instance}");
-            let n = bench.heads.get(&key(&instance)).map_or(1, |head| head.turn + 1);
-            bench.turn(&instance, vec![say("x", n.to_string())]).await;
-        }
+/// Prints how fast 20,000 effects of 1,000 instances leave, and checks the order of each.
+async fn twenty_thousand(mut bench: Bench, name: &str) {
+    let ends: Vec<_> = (0..1000)
+        .map(|instance| {
+            bench.submit(&format!("i{instance}"), (1..=20).map(|n| vec![say("x", n.to_string())]).collect())
+        })
+        .collect();
+    for end in ends {
+        end.await.unwrap().unwrap();
     }
     let started = std::time::Instant::now();
     bench.start();
     bench.wait_taken(20_000).await;
     let took = started.elapsed();
     bench.wait_shipped().await;
-    println!("20,000 effects in {took:?}: {:.0}/s", 20_000.0 / took.as_secs_f64());
+    println!("20,000 effects from {name} in {took:?}: {:.0}/s", 20_000.0 / took.as_secs_f64());
     let mut by_topic: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for (topic, content) in bench.door.taken.lock().unwrap().iter() {
         by_topic.entry(topic.clone()).or_default().push(content.clone());
     }
     assert_eq!(by_topic.len(), 1000);
     assert!(by_topic.values().all(|contents| *contents == numbers(1..=20)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn twenty_thousand_effects_leave_a_store_in_memory_in_order() {
+    twenty_thousand(Bench::new(), "memory").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn twenty_thousand_effects_leave_sqlite_in_order() {
+    twenty_thousand(Bench::on_disk(), "SQLite").await;
 }
 
 /// One request as a web host saw it.
