@@ -8,6 +8,8 @@ mod support;
 
 mod config;
 mod delivery;
+mod hostile;
+mod http;
 mod instance;
 mod load;
 mod mqtt_external;

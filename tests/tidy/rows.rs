@@ -25,7 +25,7 @@ const ROWS: &[&[&str]] = &[
 
 /// Crates, and the paths below `src/` that may name them: a folder, or a module's file.
 const DOORS: &[(&[&str], &[&str])] = &[
-    (&["actix_web", "actix_ws", "actix_http", "utoipa_swagger_ui"], &["gateway/http"]),
+    (&["actix_web", "actix_ws", "actix_http", "actix_service", "utoipa_swagger_ui"], &["gateway/http"]),
     (&["actix", "actix_rt"], &["instance/actor", "cluster/shard", "cluster/shards", "node"]),
     (&["rusqlite", "refinery"], &["store/sqlite"]),
     (&["rmqtt_codec", "rumqttc"], &["gateway/mqtt"]),

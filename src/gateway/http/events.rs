@@ -52,7 +52,7 @@ pub async fn get(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
         Some(turn) => turn,
         None => newest,
     };
-    let (sink, response) = sse::open(&caller.shared.meters);
+    let (sink, response) = sse::open(&caller.shared.meters, caller.request);
     if caller.request.method() == Method::HEAD {
         return Ok(response); // without a sink the stream ends at once
     }

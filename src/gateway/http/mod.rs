@@ -3,17 +3,28 @@
 //! Owns: the listener's threads, the straight line of one request (id, route, caller, call, metrics) and [`Parts`], what a
 //! node hands in. The parts of that line: `route.rs` (which call), `admission.rs` (who and how much), `wire.rs` and `view.rs` (JSON),
 //! `problem.rs` (errors), `stimuli.rs` `instances.rs` `state.rs` `pages.rs` (calls), `follow.rs` `events.rs` `sse.rs`
-//! (streams), `openapi.rs` (the document), `meters.rs`. Not here: how an instance decides, TLS (a proxy's work as yet).
+//! (streams), `line.rs` (patience with connections), `openapi.rs` (the document), `meters.rs`. Not here: how an instance decides, TLS (a proxy's work as yet).
 //!
 //! Invariants: every answer has `x-request-id`; every refusal after the head is parsed is a problem with a code; nothing is
 //! looked up, logged or allocated per request that need not be. Tests: `tests/it/http.rs`, `tests/it/hostile.rs`.
 
-use std::{cell::Cell, future::Future, io, net::TcpListener, num::NonZero, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    cell::Cell,
+    future::{Future, ready},
+    io,
+    net::TcpListener,
+    num::NonZero,
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
 
+use actix_http::{HttpService, error::DispatchError};
+use actix_service::{ServiceFactoryExt, map_config};
 use actix_web::{
-    App, HttpRequest, HttpResponse, HttpServer,
+    App, HttpRequest, HttpResponse,
     body::BoxBody,
-    dev::Server,
+    dev::{AppConfig, Server, fn_factory, fn_service},
     http::{
         Method, StatusCode,
         header::{self, HeaderMap, HeaderName, HeaderValue},
@@ -38,6 +49,7 @@ pub mod ceiling;
 mod events;
 mod follow;
 mod instances;
+mod line;
 mod meters;
 pub mod openapi;
 mod pages;
@@ -50,6 +62,7 @@ mod stimuli;
 mod view;
 mod wire;
 
+use line::{Hold, Line, Patience, Patient, Ward};
 use meters::Meters;
 use problem::{Problem, Refusal};
 use query::Query;
@@ -145,18 +158,35 @@ pub fn serve(listener: TcpListener, parts: Parts, drain: Drain) -> io::Result<Se
             async move { door.answer(request, payload).await }
         }))
     };
-    let server = HttpServer::new(app)
+    let head = Duration::from_secs(config.header_seconds);
+    let keep_alive = Duration::from_secs(config.keep_alive_seconds);
+    let patience = Patience::new(config.header_seconds);
+    let builder = Server::build()
         .workers(workers)
-        .max_connections(config.max_connections.div_ceil(workers))
-        .client_request_timeout(Duration::from_secs(config.header_seconds))
-        .client_disconnect_timeout(Duration::from_secs(1))
-        .keep_alive(Duration::from_secs(config.keep_alive_seconds))
-        .tcp_nodelay(true)
+        .max_concurrent_connections(config.max_connections.div_ceil(workers))
         .disable_signals()
         // A stop waits for the answers in hand, and no answer is waited for longer than this.
         .shutdown_timeout(config.max_wait_seconds)
-        .shutdown_signal(async move { drain.stopped().await })
-        .listen(listener)?;
+        .shutdown_signal(async move { drain.stopped().await });
+    let stopping = builder.graceful_shutdown_signal();
+    let server = builder.listen("http", listener, move || {
+        let stopping = stopping.clone();
+        let protocol = HttpService::build()
+            .client_request_timeout(head)
+            .client_disconnect_timeout(Duration::from_secs(1))
+            .keep_alive(keep_alive)
+            .graceful_shutdown_signal(move || {
+                let stopping = stopping.clone();
+                async move { stopping.notified().await }
+            })
+            .on_connect_ext(|connection: &Patient, data| drop(data.insert(Rc::clone(connection.line()))))
+            .h1(map_config(app(), |()| AppConfig::default()));
+        let admit = fn_factory(move || {
+            let ward = Ward::start(patience);
+            ready(Ok::<_, ()>(fn_service(move |io| ready(Ok::<_, DispatchError>(ward.admit(io))))))
+        });
+        admit.and_then(protocol)
+    })?;
     Ok(server.run())
 }
 
@@ -179,6 +209,7 @@ impl Door {
     /// The straight line of one request.
     async fn answer(&self, request: HttpRequest, payload: Payload) -> HttpResponse {
         let began = Instant::now();
+        let _in_hand = request.conn_data::<Rc<Line>>().map(Hold::new);
         let id = self.request_id(request.headers());
         let (call, result) = match route::find(request.method().as_str(), request.path()) {
             Ok(found) => (Some(found.call), self.serve(&request, payload, found, &id).await),

@@ -3,21 +3,22 @@
 //! Invariants: a frame is never split; at most [`FRAMES`] frames wait for a client; a client that takes nothing for
 //! [`STREAM_STALL_SECONDS`] loses the stream, and resumes. Tests: at the foot; `tests/it/http.rs`.
 
-use std::time::Duration;
+use std::{rc::Rc, time::Duration};
 
 use actix_web::{
-    HttpResponse,
+    HttpRequest, HttpResponse,
     http::{
         StatusCode,
         header::{self, HeaderValue},
     },
 };
 use bytes::Bytes;
-use futures_util::{StreamExt, stream};
+use futures_util::stream;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
 use super::{
+    line::{Hold, Line},
     meters::{Meters, StreamGuard},
     view,
 };
@@ -55,9 +56,13 @@ impl Sink {
 }
 
 /// Begins a stream: the answer, and the way to fill it.
-pub fn open(meters: &Meters) -> (Sink, HttpResponse) {
+pub fn open(meters: &Meters, request: &HttpRequest) -> (Sink, HttpResponse) {
     let (sender, mut receiver) = mpsc::channel::<Bytes>(FRAMES);
-    let body = stream::poll_fn(move |context| receiver.poll_recv(context)).map(Ok::<_, actix_web::Error>);
+    let in_hand = request.conn_data::<Rc<Line>>().map(Hold::new);
+    let body = stream::poll_fn(move |context| {
+        let _ = &in_hand; // lives as long as the body does
+        receiver.poll_recv(context).map(|frame| frame.map(Ok::<_, actix_web::Error>))
+    });
     let mut response = HttpResponse::build(StatusCode::OK);
     response
         .insert_header((header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream")))

@@ -191,7 +191,7 @@ fn begin(
     known: Known,
     resume: Option<Resume>,
 ) -> HttpResponse {
-    let (sink, response) = sse::open(&caller.shared.meters);
+    let (sink, response) = sse::open(&caller.shared.meters, caller.request);
     let follow = Follow {
         shared: Arc::clone(caller.shared),
         key,
