@@ -38,6 +38,8 @@ struct Resident {
     address: Addr<InstanceActor>,
     /// When something was last sent to it, in ticks.
     used: u32,
+    /// Whether it was told to keep its state as text since then.
+    packed: bool,
 }
 
 /// One shard.
@@ -65,11 +67,12 @@ impl ShardActor {
             self.make_room(ctx)?;
             self.environment.active.fetch_add(1, Ordering::AcqRel);
             let instance = InstanceActor::new(self.environment.clone(), key.clone(), self.fence);
-            let resident = Resident { address: instance.start(), used: tick };
+            let resident = Resident { address: instance.start(), used: tick, packed: false };
             self.residents.insert(key.clone(), resident);
         }
         let resident = self.residents.get_mut(key)?;
         resident.used = tick;
+        resident.packed = false;
         Some(&resident.address)
     }
 
@@ -95,12 +98,12 @@ impl ShardActor {
         let len = self.residents.len();
         let mut leaving = Vec::new();
         for i in 0..SWEEP_SLICE.min(len) {
-            let Some((key, resident)) = self.residents.get_index((self.sweep_from + i) % len) else { break };
+            let Some((key, resident)) = self.residents.get_index_mut((self.sweep_from + i) % len) else { break };
             let unused = self.tick.saturating_sub(resident.used);
             if unused >= idle {
                 leaving.push((key.clone(), resident.address.clone(), resident.used));
-            } else if unused == PACK_AFTER {
-                drop(resident.address.try_send(message::Observe { pack: true }));
+            } else if unused >= PACK_AFTER && !resident.packed {
+                resident.packed = resident.address.try_send(message::Observe { pack: true }).is_ok();
             }
         }
         self.sweep_from = if len == 0 { 0 } else { (self.sweep_from + SWEEP_SLICE.min(len)) % len };

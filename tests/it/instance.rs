@@ -216,6 +216,26 @@ async fn a_panicking_turn_is_buried_and_neighbours_live_on() {
 }
 
 #[actix_rt::test]
+async fn a_revival_during_a_thought_does_not_repeat_the_thought() {
+    let house = House::build(|config| config.faults.panic_on = String::from("poison")).await;
+    let key = key("a");
+    house.router.put_profile(&key, counter()).await.unwrap();
+    assert!(matches!(house.send(&key, named("p", "poison")).await, Ok(Receipt::Dead(_))));
+    house.router.put_profile(&key, slow(200)).await.unwrap();
+    let thought = house.router.submit(&key, text("think"), None, Until::Decided).unwrap();
+    while house.store.waiting(None, 1).await.unwrap().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    house.router.revive(&key, &StimulusId::new("p").unwrap()).await.unwrap();
+    assert!(matches!(thought.await, Ok(Ok(Receipt::Decided { .. }))));
+    // The revived one is given up again; only then has everything that waited been taken.
+    while house.store.dead_letters(&key, None, 1).await.unwrap().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(house.store.turns(&key, 0, 10).await.unwrap().len(), 1);
+}
+
+#[actix_rt::test]
 async fn a_patch_insists_on_its_version_and_a_bad_one_is_refused() {
     let house = House::build(|_| ()).await;
     let key = key("a");

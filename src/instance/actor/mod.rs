@@ -225,10 +225,13 @@ impl InstanceActor {
         self.since_full = loaded.turns_since_full;
         self.state = State::Packed(loaded.state.doc);
         for stimulus in loaded.inbox {
-            let inbox = &mut self.agenda().inbox;
-            match inbox.find(&stimulus.id) {
+            let agenda = self.agenda();
+            if agenda.thinking.as_ref().is_some_and(|thinking| thinking.waiting.stimulus.id == stimulus.id) {
+                continue;
+            }
+            match agenda.inbox.find(&stimulus.id) {
                 Some(waiting) => waiting.accepted = true,
-                None => inbox.push(Waiting::accepted(stimulus)),
+                None => agenda.inbox.push(Waiting::accepted(stimulus)),
             }
         }
         Ok(())
