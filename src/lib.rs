@@ -25,7 +25,6 @@ pub mod delivery;
 pub mod gateway;
 pub mod instance;
 pub mod memory;
-pub mod node;
 pub mod runtime;
 pub mod scaling;
 pub mod store;

@@ -16,7 +16,6 @@ mod failure;
 mod inspect;
 pub mod load;
 mod out;
-mod serve;
 mod settings;
 
 pub use failure::Failure;
@@ -26,15 +25,11 @@ pub use failure::Failure;
 #[command(
     name = "sophont",
     version,
-    after_help = AFTER_HELP,
-    args_conflicts_with_subcommands = true
+    after_help = AFTER_HELP
 )]
 struct Cli {
     #[command(subcommand)]
-    command: Option<Command>,
-    /// Settings of `serve`, the command when none is named.
-    #[command(flatten)]
-    settings: SettingsArgs,
+    command: Command,
 }
 
 const AFTER_HELP: &str = "\
@@ -44,8 +39,6 @@ Exit codes: 0 done; 1 it failed; 2 wrong usage.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Run a node (the default).
-    Serve(SettingsArgs),
     /// Check or print the settings.
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -137,8 +130,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<ExitCode, Failure> {
-    match cli.command.unwrap_or(Command::Serve(cli.settings)) {
-        Command::Serve(settings) => serve::run(&settings),
+    match cli.command {
         Command::Config(ConfigCommand::Check(settings)) => settings::check(&settings),
         Command::Config(ConfigCommand::Print(settings)) => settings::print(&settings),
         Command::Chat(args) => chat::run(&args),

@@ -40,6 +40,10 @@ pub const MAX_CLIENT_ID_BYTES: usize = 256;
 pub const MAX_SUBSCRIPTIONS: usize = 1000;
 /// Most retained MQTT values of one tenant.
 pub const MAX_RETAINED: usize = 1_000_000;
+/// Most bytes of all retained MQTT values of one tenant together.
+pub const MAX_RETAINED_BYTES: usize = 256 * 1024 * 1024;
+/// Most bytes of all messages waiting for one MQTT session. A single larger message is taken when nothing else waits.
+pub const MAX_QUEUED_BYTES: usize = 16 * 1024 * 1024;
 /// Deepest nesting of one expression, brackets and operator chains alike. Evaluation recurses this far at most.
 pub const MAX_EXPRESSION_DEPTH: usize = 48;
 /// Most `+` in one expression: each may copy a text as long as the payload.

@@ -12,6 +12,7 @@ mod hostile;
 mod http;
 mod instance;
 mod load;
+mod mqtt;
 mod mqtt_external;
 mod store_contract;
 mod support_works;

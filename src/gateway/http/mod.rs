@@ -60,6 +60,7 @@ mod sse;
 mod state;
 mod stimuli;
 mod view;
+pub mod websocket;
 mod wire;
 
 use line::{Hold, Line, Patience, Patient, Ward};
@@ -78,9 +79,6 @@ pub struct Check {
 
 /// Adds routes of others (the MQTT door's WebSocket) to each thread of the server.
 pub type Extra = Arc<dyn Fn(&mut ServiceConfig) + Send + Sync>;
-
-/// Tells the server to stop.
-pub type ServerHandle = actix_web::dev::ServerHandle;
 
 /// What the door needs.
 pub struct Parts {

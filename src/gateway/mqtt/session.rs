@@ -1,0 +1,212 @@
+//! A session: what one client id means between and during connections, and the link to the connection that serves it.
+//!
+//! Not here: how sessions are found and routed to (`registry`), stored (`record`) or served (`connection`).
+//!
+//! Invariants: at most one link at a time; the lock is held for short work in memory only, never across an await, and
+//! never while another lock of the broker or the store is asked for.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicU8, Ordering},
+    },
+    task::Context,
+};
+
+use bytes::Bytes;
+use futures_util::task::AtomicWaker;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    outbox::Outbox,
+    packet::Id,
+    record::{self, Subscription, Will},
+};
+use crate::{
+    store::MqttWrite,
+    types::{Millis, StimulusId, TenantId},
+};
+
+/// How others reach the task that serves a connection.
+#[derive(Debug, Default)]
+pub struct Link {
+    waker: AtomicWaker,
+    dirty: AtomicBool,
+    close: AtomicU8,
+    ended: CancellationToken,
+}
+
+impl Link {
+    /// There is something to send.
+    pub fn wake(&self) {
+        if !self.dirty.swap(true, Ordering::AcqRel) {
+            self.waker.wake();
+        }
+    }
+
+    /// The connection must end for this reason code. The first reason stays.
+    pub fn close(&self, reason: u8) {
+        let _ = self.close.compare_exchange(0, reason, Ordering::AcqRel, Ordering::Acquire);
+        self.waker.wake();
+    }
+
+    /// Whether there is something to send since it was last asked, and why to close if one must.
+    pub fn poll(&self, context: &Context<'_>) -> (bool, Option<u8>) {
+        self.waker.register(context.waker());
+        let reason = self.close.load(Ordering::Acquire);
+        (self.dirty.swap(false, Ordering::AcqRel), (reason != 0).then_some(reason))
+    }
+
+    /// The connection has ended and everything it took is settled.
+    pub fn end(&self) {
+        self.ended.cancel();
+    }
+
+    /// Returns when [`Link::end`] was called. Cancel safe.
+    pub fn ended(&self) -> CancellationToken {
+        self.ended.clone()
+    }
+}
+
+/// A publish of QoS 1 or 2 that was taken lately, to recognise when it comes again.
+#[derive(Debug, Clone)]
+pub struct Taken {
+    /// Packet id.
+    pub id: Id,
+    /// Of topic and payload.
+    pub hash: u32,
+    /// The stimulus it became.
+    pub stimulus: StimulusId,
+}
+
+/// What a session remembers of what its client sent.
+#[derive(Debug, Default)]
+pub struct Inbound {
+    /// QoS 2 ids that were received and not released.
+    pub unreleased: BTreeSet<Id>,
+    /// The newest stimuli, as many as the client may have unacknowledged.
+    pub taken: VecDeque<Taken>,
+}
+
+/// One client id of one tenant.
+#[derive(Debug)]
+pub struct Session {
+    /// Tenant.
+    pub tenant: TenantId,
+    /// Client id.
+    pub client: Arc<str>,
+    state: Mutex<State>,
+}
+
+/// What changes in a session.
+#[derive(Debug, Default)]
+pub struct State {
+    /// Tells this session from earlier ones under the same client id.
+    pub uid: u64,
+    /// Number of connections so far; 0 for a session nobody connected to yet.
+    pub epoch: u64,
+    /// Life after a disconnect, in seconds; 0 = it ends with its connection.
+    pub expiry_seconds: u32,
+    /// When its last connection ended.
+    pub disconnected_at: Option<Millis>,
+    /// Who its wills and stimuli come from.
+    pub sender: String,
+    /// Whether it has a row.
+    pub stored: bool,
+    /// Whether it is over; a new one must be made.
+    pub gone: bool,
+    /// Subscriptions by filter.
+    pub subscriptions: BTreeMap<String, Subscription>,
+    /// The will in force; after the connection, the will that waits for its delay.
+    pub will: Option<Will>,
+    /// When the waiting will is sent.
+    pub will_at: Option<Millis>,
+    /// When the schedule looks at it.
+    pub due: Option<Millis>,
+    /// The connection.
+    pub link: Option<Arc<Link>>,
+    /// What it still has to send.
+    pub outbox: Outbox,
+    /// What it remembers of its client's publishes, while no connection has it.
+    pub inbound: Inbound,
+}
+
+impl State {
+    /// Whether it outlives its connection.
+    pub fn is_persistent(&self) -> bool {
+        self.expiry_seconds > 0
+    }
+
+    /// When it ends, if no connection comes.
+    pub fn expires_at(&self) -> Option<Millis> {
+        self.disconnected_at.map(|at| at.plus(i64::from(self.expiry_seconds) * 1000))
+    }
+
+    fn record(&self) -> record::Session {
+        record::Session {
+            uid: self.uid,
+            epoch: self.epoch,
+            expiry_seconds: self.expiry_seconds,
+            disconnected_at: self.disconnected_at,
+            sender: self.sender.clone(),
+            subscriptions: self.subscriptions.values().cloned().collect(),
+            will: self.will.clone(),
+        }
+    }
+}
+
+impl Session {
+    /// A session nobody connected to yet.
+    pub fn new(tenant: TenantId, client: Arc<str>) -> Self {
+        Self { tenant, client, state: Mutex::default() }
+    }
+
+    /// A session as it was stored.
+    pub fn restored(tenant: TenantId, client: Arc<str>, record: record::Session) -> Self {
+        let state = State {
+            uid: record.uid,
+            epoch: record.epoch,
+            expiry_seconds: record.expiry_seconds,
+            disconnected_at: record.disconnected_at,
+            sender: record.sender,
+            stored: true,
+            subscriptions: record.subscriptions.into_iter().map(|one| (one.filter.clone(), one)).collect(),
+            will: record.will,
+            ..State::default()
+        };
+        Self { tenant, client, state: Mutex::new(state) }
+    }
+
+    /// The state. A panic elsewhere does not make it unusable: every change of it is whole.
+    pub fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The write that makes the session's row what the state is.
+    ///
+    /// # Errors
+    /// [`record::Error`], which the types rule out.
+    pub fn put(&self, state: &State) -> Result<MqttWrite, record::Error> {
+        Ok(MqttWrite::PutSession {
+            tenant: self.tenant.clone(),
+            client: self.client.to_string(),
+            record: record::encode(&state.record())?,
+        })
+    }
+
+    /// The write that removes the session's row and queue.
+    pub fn drop_row(&self) -> MqttWrite {
+        MqttWrite::DropSession { tenant: self.tenant.clone(), client: self.client.to_string() }
+    }
+
+    /// The write that adds a message to the session's queue.
+    pub fn enqueue(&self, order: i64, record: Bytes) -> MqttWrite {
+        MqttWrite::Enqueue { tenant: self.tenant.clone(), client: self.client.to_string(), order, record }
+    }
+
+    /// The write that removes a message from the session's queue.
+    pub fn dequeue(&self, order: i64) -> MqttWrite {
+        MqttWrite::Dequeue { tenant: self.tenant.clone(), client: self.client.to_string(), order }
+    }
+}
