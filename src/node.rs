@@ -1,0 +1,319 @@
+//! The composition root: builds the parts bottom up, plugs the ports, starts the doors last, and drains in reverse.
+//!
+//! Not here: any decision. Reading this file top to bottom is reading the house.
+//! Tests: everything under `tests/it` that starts a node.
+
+use std::{
+    net::{SocketAddr, TcpListener},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use actix_rt::Arbiter;
+use async_trait::async_trait;
+
+use crate::{
+    cluster::Router,
+    config::{Backend, Config, MqttMode},
+    delivery::{Acceptor, Publisher, Courier},
+    gateway::{
+        auth::{self, Authenticator},
+        http,
+        mqtt::{
+            embedded::{self, Broker},
+            external::{self, Link},
+        },
+    },
+    instance::{Until, environment::Environment},
+    runtime::{clock::Clock, drain::Drain},
+    store::{self, Store, memory::MemoryStore, sqlite::{Options, SqliteStore}},
+    telemetry::prometheus,
+    types::{Fault, InstanceKey, Kind, Stimulus},
+};
+
+/// Why a node cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An address cannot be bound.
+    #[error("cannot listen on {address} for {door}")]
+    Bind {
+        /// HTTP, MQTT, MQTT over TLS.
+        door: &'static str,
+        /// The address.
+        address: SocketAddr,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The data folder cannot be used.
+    #[error("cannot use the data folder {}", path.display())]
+    DataDir {
+        /// The folder.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The store cannot be opened.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// Credentials are wrong or missing.
+    #[error(transparent)]
+    Auth(#[from] auth::Error),
+    /// What a part refused at its start, in its own words.
+    #[error("{0}")]
+    Part(String),
+}
+
+impl Fault for Error {
+    fn kind(&self) -> Kind {
+        match self {
+            Error::Bind { .. } | Error::DataDir { .. } | Error::Part(_) => Kind::Unavailable,
+            Error::Store(error) => error.kind(),
+            Error::Auth(error) => error.kind(),
+        }
+    }
+    fn hint(&self) -> Option<String> {
+        match self {
+            Error::Bind { .. } => Some(String::from(
+                "another process may hold the address: choose another with --http or --mqtt; port 0 picks a free one",
+            )),
+            Error::DataDir { .. } => Some(String::from("choose a folder this user may write with --data-dir")),
+            Error::Store(error) => error.hint(),
+            Error::Auth(error) => error.hint(),
+            Error::Part(_) => None,
+        }
+    }
+}
+
+fn part(error: impl std::fmt::Display) -> Error {
+    Error::Part(error.to_string())
+}
+
+/// Runs a future on this thread inside the actor system that [`Node::start`] needs.
+pub fn system<F: Future>(main: F) -> F::Output {
+    actix_rt::System::new().block_on(main)
+}
+
+/// A running node. Dropping it does not stop it; [`Node::drain`] does.
+pub struct Node {
+    /// Where HTTP listens.
+    pub http: SocketAddr,
+    /// Where MQTT listens, when embedded.
+    pub mqtt: Option<SocketAddr>,
+    /// Where MQTT over TLS listens, when configured.
+    pub mqtts: Option<SocketAddr>,
+    router: Router,
+    drain: Drain,
+    server: http::ServerHandle,
+    door: Door,
+    courier: Courier,
+    arbiters: Vec<Arbiter>,
+    edge: tokio::runtime::Runtime,
+    store: Arc<dyn Store>,
+    patience: Duration,
+}
+
+/// The MQTT door as configured.
+enum Door {
+    Embedded(Arc<Broker>),
+    External(Arc<Link>),
+    Off,
+}
+
+/// Bound before anything else is built: what cannot be had is said at once.
+struct Listeners {
+    http: TcpListener,
+    mqtt: Option<TcpListener>,
+    mqtts: Option<TcpListener>,
+}
+
+impl Listeners {
+    fn bind(config: &Config, has_tokens: bool) -> Result<Self, Error> {
+        let bind = |door: &'static str, address: SocketAddr| {
+            auth::check_bind(door, address, has_tokens)?;
+            let listener = TcpListener::bind(address).map_err(|source| Error::Bind { door, address, source })?;
+            listener.set_nonblocking(true).map_err(|source| Error::Bind { door, address, source })?;
+            Ok::<_, Error>(listener)
+        };
+        let embedded = config.mqtt.mode == MqttMode::Embedded;
+        Ok(Self {
+            http: bind("HTTP", config.http.listen)?,
+            mqtt: embedded.then(|| bind("MQTT", config.mqtt.listen)).transpose()?,
+            mqtts: config.mqtt.tls_listen.filter(|_| embedded).map(|address| bind("MQTT over TLS", address)).transpose()?,
+        })
+    }
+}
+
+impl Node {
+    /// Starts everything, doors last. Must be called inside an actix system.
+    ///
+    /// # Errors
+    /// [`Error`] says what is in the way.
+    pub async fn start(config: &Config) -> Result<Self, Error> {
+        let auth = Arc::new(Authenticator::new(&config.auth)?);
+        let listeners = Listeners::bind(config, auth.has_tokens())?;
+        let address = |listener: &TcpListener| listener.local_addr().ok();
+        let (mqtt, mqtts) = (listeners.mqtt.as_ref().and_then(address), listeners.mqtts.as_ref().and_then(address));
+        let http = listeners.http.local_addr().map_err(part)?;
+
+        let clock = Clock::System;
+        let drain = Drain::default();
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let edge = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(cores)
+            .thread_name("sophont-edge")
+            .enable_all()
+            .build()
+            .map_err(part)?;
+
+        let store = open_store(config, &clock)?;
+        let environment = Environment::new(config, store.clone(), clock.clone()).map_err(part)?;
+        let count = if config.node.arbiters == 0 { cores } else { config.node.arbiters };
+        let arbiters: Vec<_> = (0..count).map(|_| Arbiter::new()).collect();
+        let handles = arbiters.iter().map(Arbiter::handle).collect();
+        let router = Router::start(Arc::new(environment), config.cluster.shards, handles).await.map_err(part)?;
+
+        let door = match config.mqtt.mode {
+            MqttMode::Off => Door::Off,
+            MqttMode::External => {
+                let parts = external::Parts {
+                    config: config.mqtt.clone(),
+                    node: config.node.name.clone(),
+                    inward: Arc::new(router.clone()),
+                    clock: clock.clone(),
+                    drain: drain.clone(),
+                    handle: edge.handle().clone(),
+                };
+                Door::External(Link::start(parts).map_err(part)?)
+            }
+            MqttMode::Embedded => {
+                let parts = embedded::Parts {
+                    store: store.clone(),
+                    router: router.clone(),
+                    auth: auth.clone(),
+                    config: config.mqtt.clone(),
+                    clock: clock.clone(),
+                    drain: drain.clone(),
+                    handle: edge.handle().clone(),
+                };
+                let sockets = embedded::Listeners { plain: listeners.mqtt, tls: listeners.mqtts };
+                Door::Embedded(Broker::start(parts, sockets).await.map_err(part)?)
+            }
+        };
+        let publisher: Option<Arc<dyn Publisher>> = match &door {
+            Door::Embedded(broker) => Some(broker.clone()),
+            Door::External(link) => Some(link.clone()),
+            Door::Off => None,
+        };
+        let courier = Courier::start(crate::delivery::Parts {
+            store: store.clone(),
+            publisher,
+            acceptor: Arc::new(Local(router.clone())),
+            config: config.delivery.clone(),
+            clock: clock.clone(),
+            drain: drain.clone(),
+            handle: edge.handle().clone(),
+        })
+        .map_err(part)?;
+        edge.spawn(scan(router.clone(), drain.clone(), Duration::from_secs(config.instances.scan_seconds.max(1))));
+
+        let parts = http::Parts {
+            router: router.clone(),
+            auth: auth.clone(),
+            config: config.http.clone(),
+            clock,
+            node: Arc::from(config.node.name.as_str()),
+            metrics: Arc::new(prometheus::render),
+            checks: Vec::new(),
+            extra: match &door {
+                Door::Embedded(broker) => http::websocket::route(broker.clone(), auth),
+                Door::External(_) | Door::Off => Arc::new(|_| ()),
+            },
+        };
+        let server = http::serve(listeners.http, parts, drain.clone()).map_err(part)?;
+        let handle = server.handle();
+        actix_rt::spawn(server);
+        let patience = Duration::from_secs(config.node.drain_seconds);
+        Ok(Self { http, mqtt, mqtts, router, drain, server: handle, door, courier, arbiters, edge, store, patience })
+    }
+
+    /// Stops in reverse: nothing new is taken, what is in hand is finished, effects leave, the store is closed.
+    /// Ends within the configured patience; what is not finished then was accepted durably and is decided after the next
+    /// start.
+    pub async fn drain(self) {
+        let began = std::time::Instant::now();
+        let left = || self.patience.saturating_sub(began.elapsed());
+        self.drain.begin();
+        let _ = tokio::time::timeout(left(), self.server.stop(true)).await;
+        if let Door::Embedded(broker) = &self.door {
+            let _ = tokio::time::timeout(left(), broker.idle()).await;
+        }
+        self.router.drain();
+        let busy = self.router.environment().busy.clone();
+        if tokio::time::timeout(left(), busy.none()).await.is_err() {
+            tracing::warn!(instances = busy.count(), "work in hand is left for the next start");
+        }
+        self.courier.finish(left().max(Duration::from_millis(200))).await;
+        if let Door::External(link) = &self.door {
+            link.close(left().max(Duration::from_millis(200))).await;
+        }
+        self.drain.stop();
+        for arbiter in &self.arbiters {
+            arbiter.stop();
+        }
+        self.edge.shutdown_background();
+        let store = self.store;
+        let closed = tokio::task::spawn_blocking(move || store.close()).await;
+        if closed.is_err() {
+            tracing::error!("the store did not close cleanly");
+        }
+    }
+
+    /// The way into instances, for tests that build a node in their own process.
+    pub fn router(&self) -> &Router {
+        &self.router
+    }
+}
+
+fn open_store(config: &Config, clock: &Clock) -> Result<Arc<dyn Store>, Error> {
+    match config.store.backend {
+        Backend::Memory => Ok(Arc::new(MemoryStore::new())),
+        Backend::Sqlite => {
+            let path = &config.node.data_dir;
+            std::fs::create_dir_all(path).map_err(|source| Error::DataDir { path: path.clone(), source })?;
+            let options = Options {
+                #[cfg(feature = "faults")]
+                dedupe: !config.faults.dedupe_off,
+                #[cfg(feature = "faults")]
+                disk_full_file: config.faults.disk_full_file.clone(),
+                ..Options::default()
+            };
+            Ok(SqliteStore::open_with(path, &config.store, clock.clone(), options)?)
+        }
+    }
+}
+
+/// Looks for waiting stimuli nobody was woken for: at once after a start, then now and then.
+async fn scan(router: Router, drain: Drain, period: Duration) {
+    loop {
+        match router.wake_waiting().await {
+            Ok(0) => {}
+            Ok(woken) => tracing::debug!(woken, "instances with stimuli waiting were woken"),
+            Err(error) => tracing::warn!(%error, "the scan for waiting stimuli failed"),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(period) => {}
+            () = drain.draining() => return,
+        }
+    }
+}
+
+/// The port of delivery into instances.
+struct Local(Router);
+
+#[async_trait]
+impl Acceptor for Local {
+    async fn accept(&self, key: InstanceKey, stimulus: Stimulus) -> Result<(), String> {
+        self.0.deliver(&key, stimulus, Until::Accepted).await.map(drop).map_err(|error| error.to_string())
+    }
+}
