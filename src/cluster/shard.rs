@@ -30,6 +30,8 @@ use crate::{
 const MAILBOX: usize = 8192;
 /// How many residents are looked at when one has to leave for another: a sampled least-recently-used, as Redis does it.
 const EVICTION_SAMPLE: usize = 16;
+/// How many of them are asked when the node is beyond its limit.
+const EVICTIONS_AT_ONCE: usize = 4;
 /// Residents asked per look, so that a look never holds the arbiter for long.
 const SWEEP_SLICE: usize = 4096;
 
@@ -76,7 +78,7 @@ impl ShardActor {
         Some(&resident.address)
     }
 
-    /// Lets the longest unused of a sample go when the node holds its limit of instances. Residents leave a moment later,
+    /// Lets the longest unused of a sample go, when the node holds its limit of instances. Residents leave a moment later,
     /// so up to an eighth more is tolerated meanwhile.
     fn make_room(&mut self, ctx: &Context<Self>) -> Option<()> {
         let (active, limit) = (self.environment.active.load(Ordering::Acquire), self.environment.max_active);
@@ -86,21 +88,35 @@ impl ShardActor {
         let len = self.residents.len();
         let start = if len == 0 { 0 } else { self.sweep_from % len };
         self.sweep_from = self.sweep_from.wrapping_add(EVICTION_SAMPLE);
-        let sample = (0..EVICTION_SAMPLE.min(len)).filter_map(|i| self.residents.get_index((start + i) % len));
-        if let Some((key, resident)) = sample.min_by_key(|(_, resident)| resident.used) {
+        let mut sample: Vec<_> =
+            (0..EVICTION_SAMPLE.min(len)).filter_map(|i| self.residents.get_index((start + i) % len)).collect();
+        sample.sort_unstable_by_key(|(_, resident)| resident.used);
+        // Who is asked may be busy and stay: beyond the limit more are asked than have to go.
+        let asked = if active == limit { 1 } else { EVICTIONS_AT_ONCE };
+        for (key, resident) in sample.into_iter().take(asked) {
             ask_to_leave(ctx.address(), key.clone(), resident.address.clone(), resident.used);
         }
         (active < limit + limit / 8 + EVICTION_SAMPLE).then_some(())
     }
 
+    /// How many residents of this shard should go though they are not idle for long, so that other shards find room when
+    /// the node is nearly at its limit: this shard's share of what exceeds 15/16 of it.
+    fn surplus(&self) -> usize {
+        let (active, limit) = (self.environment.active.load(Ordering::Acquire), self.environment.max_active);
+        let excess = active.saturating_sub(limit - limit / 16);
+        if active < limit { 0 } else { (excess * self.residents.len()).div_ceil(active.max(1)) }
+    }
+
     fn sweep(&mut self, ctx: &Context<Self>) {
         let idle = u32::try_from(self.environment.idle.as_secs()).unwrap_or(u32::MAX);
         let len = self.residents.len();
+        let mut surplus = self.surplus();
         let mut leaving = Vec::new();
         for i in 0..SWEEP_SLICE.min(len) {
             let Some((key, resident)) = self.residents.get_index_mut((self.sweep_from + i) % len) else { break };
             let unused = self.tick.saturating_sub(resident.used);
-            if unused >= idle {
+            if unused >= idle || (surplus > 0 && unused > 0) {
+                surplus = surplus.saturating_sub(1);
                 leaving.push((key.clone(), resident.address.clone(), resident.used));
             } else if unused >= PACK_AFTER && !resident.packed {
                 resident.packed = resident.address.try_send(message::Observe { pack: true }).is_ok();

@@ -85,7 +85,7 @@ pub fn judge(mind: &Mind, facts: &Facts<'_>) -> Result<Judgement, Refusal> {
         let actions = if verdict.drop { Vec::new() } else { verdict.actions };
         return Ok(if decided { Judgement::Decided(actions) } else { Judgement::Think(actions) });
     }
-    let patch = facts.stimulus.data.as_ref().map(RawJson::value).unwrap_or_default();
+    let patch = patch_of(facts.stimulus);
     let mut state = facts.state.clone();
     state.apply(&patch).map_err(|error| Refusal::BadPatch(error.to_string()))?;
     if size_of_state(&state) > MAX_STATE_BYTES {
@@ -101,6 +101,10 @@ pub fn judge(mind: &Mind, facts: &Facts<'_>) -> Result<Judgement, Refusal> {
     }
 }
 
+fn patch_of(stimulus: &Stimulus) -> Value {
+    stimulus.data.as_ref().map(RawJson::value).unwrap_or_default()
+}
+
 /// Who decided, for the record.
 #[derive(Debug, Clone, Default)]
 pub struct Author {
@@ -113,6 +117,7 @@ pub struct Author {
 /// Turns a decision into the record to commit, and `state` into the state after it.
 ///
 /// A decision that breaks a limit becomes a failed turn that changes nothing: the stimulus is used up, the reason is on record.
+/// Of a state patch at least the patch itself holds.
 pub fn conclude(
     standing: Standing,
     stimulus: &Stimulus,
@@ -138,8 +143,19 @@ pub fn conclude(
         error: None,
         decided_at: now,
     };
-    let parts = decision.map(Parts::sort);
-    match parts.and_then(|parts| Ok((parts.change(state)?, parts))) {
+    let weigh = |parts: Parts| parts.change(state).map(|change| (change, parts));
+    let mut weighed = decision.map(Parts::sort).and_then(weigh);
+    if let Err(reason) = &weighed
+        && stimulus.channel.as_str() == PATCH_CHANNEL
+    {
+        // Whoever patched the state is right about it whatever a rule makes of that: the patch holds, the rules do not.
+        let alone = Parts { sets: vec![patch_of(stimulus)], ..Parts::default() };
+        if let Ok(patched) = weigh(alone) {
+            record.error = Some(reason.clone());
+            weighed = Ok(patched);
+        }
+    }
+    match weighed {
         Err(reason) => {
             record.outcome = Outcome::Failed;
             record.error = Some(reason);
@@ -303,6 +319,21 @@ mod tests {
         let record = conclude_from(&mut StateDoc::default(), 0, vec![]);
         assert_eq!((record.turn, record.version, record.outcome), (6, 3, Outcome::Silent));
         assert_eq!(record.state, StateChange::None);
+    }
+
+    #[test]
+    fn a_patch_holds_though_the_rules_fail() {
+        let mut patch = Stimulus::empty(Source::Http, Channel::new(PATCH_CHANNEL).unwrap(), NOW);
+        patch.data = Some(RawJson::of(&json!({"reported": {"on": true}})));
+        let standing = Standing { turn: 5, version: 3, since_full: 0 };
+        let too_large = Action::Set(json!({"reported": {"x": "x".repeat(MAX_STATE_BYTES)}}));
+        for decision in [Err(String::from("no such key")), Ok(vec![Action::Set(patch_of(&patch)), too_large])] {
+            let mut state = StateDoc::default();
+            let record = conclude(standing, &patch, &mut state, decision, Author::default(), true, NOW);
+            assert_eq!(Value::Object(state.reported), json!({"on": true}));
+            assert_eq!((record.version, record.outcome), (4, Outcome::Silent));
+            assert!(record.error.is_some(), "{record:?}");
+        }
     }
 
     #[test]

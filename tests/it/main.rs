@@ -6,6 +6,7 @@
 
 mod support;
 
+mod activation;
 mod config;
 mod delivery;
 mod hostile;
@@ -14,6 +15,9 @@ mod instance;
 mod load;
 mod mqtt;
 mod mqtt_external;
+mod overload;
+mod panic;
 mod store_contract;
 mod support_works;
 mod thinking;
+mod turn;

@@ -135,6 +135,37 @@ pub fn missing_tests(document: &str, tests: &[File]) -> Vec<String> {
         .collect()
 }
 
+/// Files that a document names in backticks and that are not there.
+pub fn dangling_paths(documents: &[File], exists: impl Fn(&str) -> bool) -> Vec<String> {
+    const ROOMS: &[&str] = &["src/", "tests/", "docs/", "migrations/", "benches/", ".ci/"];
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '/' | '.' | '_' | '-');
+    let mut complaints = Vec::new();
+    for document in documents {
+        for (at, line) in document.text.lines().enumerate() {
+            let named =
+                line.split('`').skip(1).step_by(2).filter(|name| ROOMS.iter().any(|room| name.starts_with(room)));
+            let paths = named.filter_map(|name| name.split("::").next()).filter(|path| path.chars().all(plain));
+            for path in paths.filter(|path| !exists(path)) {
+                complaints.push(format!("{}:{}: there is no {path}: name what is there", document.path, at + 1));
+            }
+        }
+    }
+    complaints
+}
+
+#[test]
+fn documents_name_files_that_are_there() {
+    let mut documents = read(&["docs"], ".md");
+    for name in ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"] {
+        let text = std::fs::read_to_string(crate::root().join(name));
+        documents.extend(text.into_iter().map(|text| File::new(name, &text)));
+    }
+    assert_tidy(&dangling_paths(&documents, |path| crate::root().join(path).exists()));
+    let dangling = |text: &str| dangling_paths(&[File::new("docs/a.md", text)], |path| path == "src/a.rs");
+    assert_tidy(&dangling("`src/a.rs` and `src/a.rs::f`, `tests/{name}`, `src/<name>.rs`, src/plain.rs, `std::fs`"));
+    assert_complaint(&dangling("see\n`src/gone.rs`"), &["docs/a.md:2", "src/gone.rs"]);
+}
+
 #[test]
 fn every_promise_names_its_tests() {
     let documents = read(&["docs"], ".md");
@@ -159,9 +190,7 @@ fn every_setting_is_explained() {
     let defaults = text(DEFAULTS).expect("the default configuration");
     assert!(settings(defaults).len() > 40, "the settings are found");
     assert_tidy(&unexplained_settings(defaults));
-    if let Some(document) = text(SETTINGS) {
-        assert_tidy(&undocumented_settings(defaults, document));
-    }
+    assert_tidy(&undocumented_settings(defaults, text(SETTINGS).unwrap_or_default()));
 }
 
 #[test]

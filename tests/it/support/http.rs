@@ -3,7 +3,9 @@
 use std::{net::SocketAddr, time::Duration};
 
 use reqwest::{Method, StatusCode, header::HeaderMap};
-use serde_json::Value;
+use serde_json::{Value, json};
+
+use super::{PATIENCE, wait_for};
 
 /// Longest wait for one answer.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -135,4 +137,129 @@ impl Http {
     pub async fn patch(&self, path: &str, body: &Value) -> Answer {
         Self::send(self.request(Method::PATCH, path).json(body)).await
     }
+}
+
+/// An answer that goes on, read as it comes.
+#[derive(Debug)]
+pub struct Stream {
+    answer: reqwest::Response,
+    seen: String,
+}
+
+impl Stream {
+    /// Reads until a text was seen, and returns everything so far.
+    ///
+    /// # Panics
+    /// When the stream ends first or the deadline passes.
+    pub async fn until(&mut self, text: &str) -> &str {
+        while !self.seen.contains(text) {
+            let piece = tokio::time::timeout(PATIENCE, self.answer.chunk()).await;
+            let piece = piece.unwrap_or_else(|_| panic!("waited for {text:?} in vain; so far {:?}", self.seen));
+            let piece = piece.ok().flatten().unwrap_or_else(|| panic!("no {text:?} before the end of {:?}", self.seen));
+            self.seen.push_str(&String::from_utf8_lossy(&piece));
+        }
+        &self.seen
+    }
+}
+
+/// The calls most tests make.
+impl Http {
+    /// Sends a request whose answer goes on.
+    ///
+    /// # Panics
+    /// When it is refused.
+    pub async fn open(request: reqwest::RequestBuilder) -> Stream {
+        let answer = request.send().await.unwrap_or_else(|error| panic!("no answer: {error:?}"));
+        assert_eq!(answer.status(), 200);
+        Stream { answer, seen: String::new() }
+    }
+
+    /// Creates an instance or replaces its profile.
+    ///
+    /// # Panics
+    /// When it is refused.
+    pub async fn put_instance(&self, instance: &str, profile: &Value) {
+        let answer = self.put(&format!("/v1/instances/{instance}"), profile).await;
+        assert!(answer.status.is_success(), "{} {}", answer.status, answer.text);
+    }
+
+    /// Sends a text under an id and waits for the turn as long as the node does.
+    pub async fn say(&self, instance: &str, id: &str, content: &str) -> Answer {
+        self.post(&format!("/v1/instances/{instance}/stimuli"), &json!({"id": id, "content": content})).await
+    }
+
+    /// Sends a stimulus without waiting for its turn.
+    pub async fn drop_in(&self, instance: &str, stimulus: &Value) -> Answer {
+        self.post(&format!("/v1/instances/{instance}/stimuli?wait=0"), stimulus).await
+    }
+
+    /// `GET /v1/stimuli/{id}`.
+    pub async fn stimulus(&self, id: &str) -> Answer {
+        self.get(&format!("/v1/stimuli/{id}")).await
+    }
+
+    /// Waits until a stimulus has this status, and returns it.
+    pub async fn until_status(&self, id: &str, status: &str) -> Value {
+        let what = format!("stimulus {id} is {status}");
+        wait_for(&what, PATIENCE, async || {
+            let answer = self.stimulus(id).await;
+            (answer.status == 200).then(|| answer.json()).filter(|stimulus| stimulus["status"] == status)
+        })
+        .await
+    }
+
+    /// The whole history of an instance, oldest first, page by page.
+    ///
+    /// # Panics
+    /// When a page is refused, or the pages do not end.
+    pub async fn turns(&self, instance: &str) -> Vec<Value> {
+        let mut turns = Vec::new();
+        let mut after = String::from("0");
+        loop {
+            let page = self.get(&format!("/v1/instances/{instance}/turns?after={after}&limit=1000")).await.expect(200);
+            turns.extend(page["items"].as_array().expect("a list of turns").iter().cloned());
+            let next = match &page["next"] {
+                Value::Null => return turns,
+                Value::String(text) => text.clone(),
+                number => number.to_string(),
+            };
+            assert_ne!(next, after, "the cursor stands still");
+            after = next;
+        }
+    }
+
+    /// The contents of the decided stimuli of an instance, in the order of its turns.
+    pub async fn decided(&self, instance: &str) -> Vec<String> {
+        let content = |turn: &Value| turn["stimulus"]["content"].as_str().unwrap_or_default().to_owned();
+        self.turns(instance).await.iter().map(content).collect()
+    }
+
+    /// Waits until an instance has at least `count` turns, and returns the contents they decided.
+    pub async fn until_decided(&self, instance: &str, count: usize) -> Vec<String> {
+        let what = format!("{count} turns of {instance}");
+        wait_for(&what, PATIENCE, async || Some(self.decided(instance).await).filter(|all| all.len() >= count)).await
+    }
+}
+
+/// A profile that answers a text with the same text and keeps it as `reported.last`.
+pub fn echo() -> Value {
+    json!({"engine": "reflex", "reflexes": [{
+        "when": "has(stimulus.content)",
+        "do": [{"set": {"reported.last": "{{stimulus.content}}"}}, {"reply": "{{stimulus.content}}"}],
+        "stop": true,
+    }]})
+}
+
+/// A profile that thinks for so many milliseconds about everything.
+pub fn slow(delay_ms: u64) -> Value {
+    json!({"engine": "scripted", "script": {"reply": "done", "delay_ms": delay_ms}})
+}
+
+/// A profile that thinks for so many milliseconds about the text `block`, and answers everything else at once.
+pub fn blockable(delay_ms: u64) -> Value {
+    json!({
+        "engine": "scripted",
+        "script": {"reply": "done", "delay_ms": delay_ms},
+        "reflexes": [{"when": "stimulus.content != 'block'", "do": [{"reply": "{{stimulus.content}}"}], "stop": true}],
+    })
 }

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub mod device;
 pub mod http;
 pub mod mosquitto;
 pub mod node;

@@ -266,6 +266,20 @@ impl Node {
         self.until_ready().await;
     }
 
+    /// Starts a stopped node and kills it before it is ready: at once, or as soon as it printed a line.
+    pub async fn start_and_kill_early(&mut self, at_once: bool) {
+        assert!(self.child.is_none(), "stop the node before it is started again");
+        self.launch();
+        if !at_once {
+            wait_for("the node prints a line or ends", PATIENCE, async || {
+                let ended = self.child.as_mut().is_some_and(|child| !matches!(child.try_wait(), Ok(None)));
+                (ended || !self.stdout().is_empty()).then_some(())
+            })
+            .await;
+        }
+        self.kill9().await;
+    }
+
     /// Changes how a stopped node will be started.
     pub fn reconfigure(&mut self, change: impl FnOnce(Builder) -> Builder) {
         let builder = std::mem::take(&mut self.builder);
