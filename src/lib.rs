@@ -25,6 +25,7 @@ pub mod delivery;
 pub mod gateway;
 pub mod instance;
 pub mod memory;
+pub mod node;
 pub mod runtime;
 pub mod scaling;
 pub mod store;

@@ -16,7 +16,7 @@ use async_trait::async_trait;
 use crate::{
     cluster::Router,
     config::{Backend, Config, MqttMode},
-    delivery::{Acceptor, Publisher, Courier},
+    delivery::{Acceptor, Courier, Publisher},
     gateway::{
         auth::{self, Authenticator},
         http,
@@ -27,7 +27,11 @@ use crate::{
     },
     instance::{Until, environment::Environment},
     runtime::{clock::Clock, drain::Drain},
-    store::{self, Store, memory::MemoryStore, sqlite::{Options, SqliteStore}},
+    store::{
+        self, Store,
+        memory::MemoryStore,
+        sqlite::{Options, SqliteStore},
+    },
     telemetry::prometheus,
     types::{Fault, InstanceKey, Kind, Stimulus},
 };
@@ -139,7 +143,12 @@ impl Listeners {
         Ok(Self {
             http: bind("HTTP", config.http.listen)?,
             mqtt: embedded.then(|| bind("MQTT", config.mqtt.listen)).transpose()?,
-            mqtts: config.mqtt.tls_listen.filter(|_| embedded).map(|address| bind("MQTT over TLS", address)).transpose()?,
+            mqtts: config
+                .mqtt
+                .tls_listen
+                .filter(|_| embedded)
+                .map(|address| bind("MQTT over TLS", address))
+                .transpose()?,
         })
     }
 }

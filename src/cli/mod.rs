@@ -16,6 +16,7 @@ mod failure;
 mod inspect;
 pub mod load;
 mod out;
+mod serve;
 mod settings;
 
 pub use failure::Failure;
@@ -25,11 +26,15 @@ pub use failure::Failure;
 #[command(
     name = "sophont",
     version,
-    after_help = AFTER_HELP
+    after_help = AFTER_HELP,
+    args_conflicts_with_subcommands = true
 )]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: Option<Command>,
+    /// Settings of `serve`, the command when none is named.
+    #[command(flatten)]
+    settings: SettingsArgs,
 }
 
 const AFTER_HELP: &str = "\
@@ -39,6 +44,8 @@ Exit codes: 0 done; 1 it failed; 2 wrong usage.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run a node (the default).
+    Serve(SettingsArgs),
     /// Check or print the settings.
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -130,7 +137,8 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<ExitCode, Failure> {
-    match cli.command {
+    match cli.command.unwrap_or(Command::Serve(cli.settings)) {
+        Command::Serve(settings) => serve::run(&settings),
         Command::Config(ConfigCommand::Check(settings)) => settings::check(&settings),
         Command::Config(ConfigCommand::Print(settings)) => settings::print(&settings),
         Command::Chat(args) => chat::run(&args),

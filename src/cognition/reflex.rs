@@ -607,4 +607,109 @@ mod tests {
         assert!(world.replies("{{stimulus.content}}").is_ok());
         assert!(world.replies("{{stimulus.content}}{{stimulus.content}}").is_err());
     }
+
+    /// Expressions that parse, over values at the borders of their types.
+    fn expression() -> impl proptest::strategy::Strategy<Value = String> {
+        use proptest::{prelude::*, sample::select};
+        let atom = select(vec![
+            "9223372036854775807",
+            "-9223372036854775807",
+            "0",
+            "18446744073709551615u",
+            "1.0",
+            "0.0",
+            "1e308",
+            "true",
+            "null",
+            "'é\u{1f600}'",
+            "b'\\xff'",
+            "[]",
+            "[1, 'a', null]",
+            "{'a': [1]}",
+            "now",
+            "duration('9223372036s')",
+            "duration('-1ns')",
+            "timestamp('9999-12-31T23:59:59.999Z')",
+            "timestamp('0001-01-01T00:00:00Z')",
+            "stimulus",
+            "stimulus.data",
+            "stimulus.data.list",
+            "stimulus.data.deep.x",
+            "stimulus.data.text",
+            "state",
+            "state.delta",
+            "state.reported.?none",
+            "instance.id",
+            "optional.none()",
+            "int",
+            "stimulus.data.big",
+            "stimulus.data.half",
+        ]);
+        atom.prop_map(str::to_owned).prop_recursive(4, 24, 3, |inner| {
+            let operator = select(vec!["+", "-", "*", "/", "%", "<", ">=", "==", "!=", "in", "&&", "||"]);
+            let function = select(vec![
+                "int",
+                "uint",
+                "double",
+                "string",
+                "bytes",
+                "size",
+                "type",
+                "bool",
+                "duration",
+                "timestamp",
+                "!",
+                "-",
+            ]);
+            let method = select(vec![
+                ".size()",
+                ".a",
+                ".?a",
+                "[0]",
+                "['a']",
+                "[-1]",
+                ".getFullYear()",
+                ".getHours('Europe/Berlin')",
+                ".getMilliseconds('no/zone')",
+                ".orValue(1)",
+                ".hasValue()",
+                ".value()",
+                ".contains('a')",
+                ".startsWith(now)",
+                ".map(v, v)",
+                ".filter(v, v == v)",
+                ".all(v, v > 0)",
+                ".exists(v, v == 1)",
+                ".exists_one(v, true)",
+            ]);
+            prop_oneof![
+                (inner.clone(), operator, inner.clone()).prop_map(|(a, o, b)| format!("({a} {o} {b})")),
+                (function, inner.clone()).prop_map(|(f, a)| format!("{f}({a})")),
+                (inner.clone(), method).prop_map(|(a, m)| format!("({a}){m}")),
+                (inner.clone(), inner.clone(), inner).prop_map(|(a, b, c)| format!("({a} ? {b} : {c})")),
+            ]
+        })
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(2000))]
+        #[test]
+        fn no_expression_panics_or_runs_away(source in expression()) {
+            let world = World::new("x", json!({"list": [1, [2], {"a": 1}], "deep": {"x": {"y": 7}}, "text": "t", "half": 0.5,
+                "big": 18_446_744_073_709_551_615_u64}))
+            .state(json!({"desired": {"on": true}, "reported": {"n": 1}}));
+            let begun = std::time::Instant::now();
+            let piece = format!("{{{{{source}}}}}");
+            for rule in [
+                json!({"when": source}),
+                json!({"when": "true", "do": [{"reply": format!("{piece} and")}]}),
+                json!({"when": "true", "do": [{"set": {"reported.x": piece}}]}),
+            ] {
+                if let Ok(set) = rules(json!([rule])) {
+                    drop(world.judge(&set));
+                }
+            }
+            proptest::prop_assert!(begun.elapsed() < std::time::Duration::from_secs(5));
+        }
+    }
 }

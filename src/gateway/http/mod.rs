@@ -80,6 +80,9 @@ pub struct Check {
 /// Adds routes of others (the MQTT door's WebSocket) to each thread of the server.
 pub type Extra = Arc<dyn Fn(&mut ServiceConfig) + Send + Sync>;
 
+/// Tells the server to stop.
+pub type ServerHandle = actix_web::dev::ServerHandle;
+
 /// What the door needs.
 pub struct Parts {
     /// The way into instances.
