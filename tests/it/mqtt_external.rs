@@ -28,7 +28,7 @@ use sophont::{
 use tokio::sync::watch;
 
 use crate::support::{
-    Mosquitto, PATIENCE,
+    self, Mosquitto, PATIENCE,
     mosquitto::{Subscriber, publish},
     wait_until,
 };
@@ -545,4 +545,45 @@ async fn wrong_settings_are_told_at_the_start() {
     assert!(matches!(start(no_password), Err(Error::Password(_))));
     let no_ca = sophont::config::Mqtt { ca_file: Some("/no/such/file".into()), ..config("mqtts://localhost:1".into()) };
     assert!(matches!(start(no_ca), Err(Error::Ca(_))));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_real_node_decides_behind_the_broker_and_loses_nothing_to_kill_9() {
+    let broker = Mosquitto::start().await;
+    let settings = format!("[mqtt]\nmode = \"external\"\nurl = \"mqtt://{}\"\n", broker.address());
+    let mut node = support::Node::builder().without_mqtt_listener().config(&settings).start().await;
+    let rule = serde_json::json!({"engine": "reflex", "reflexes": [{"when": "true", "do": [{"reply": "got {{stimulus.content}}"}]}]});
+    node.client().put("/v1/instances/lamp", &rule).await.expect(201);
+    let device = Device::connect(&broker, "device");
+    let topic = "sophont/default/lamp/in/c";
+    let replies =
+        Subscriber::start(broker.address(), &["-q", "1", "-t", "sophont/default/lamp/out/reply", "-F", "%p"]).await;
+    let turns = async |node: &support::Node| {
+        let listed = node.client().get("/v1/instances/lamp/turns?limit=1000").await.expect(200);
+        let items = listed["items"].as_array().unwrap().clone();
+        items.iter().map(|turn| turn["stimulus"]["content"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    wait_until("the subscription stands", PATIENCE, async || {
+        device.send(topic, "first", "first").await;
+        !turns(&node).await.is_empty()
+    })
+    .await;
+    assert!(replies.wait(1).await[0].contains("\"content\":\"got first\""));
+    for n in 0..50 {
+        if n == 25 {
+            node.kill9().await;
+        }
+        device.send(topic, &format!("m {n}"), &format!("m-{n}")).await;
+    }
+    node.start_again().await;
+    wait_until("all are decided", PATIENCE, async || turns(&node).await.len() == 51).await;
+    let expected: Vec<String> = std::iter::once("first".into()).chain((0..50).map(|n| format!("m {n}"))).collect();
+    assert_eq!(turns(&node).await, expected, "each once, in order");
+    wait_until("all are answered", PATIENCE, async || {
+        let lines = replies.messages();
+        expected.iter().all(|content| lines.iter().any(|line| line.contains(&format!("\"got {content}\""))))
+    })
+    .await;
+    node.term();
+    assert!(node.wait_exit(PATIENCE).await.success());
 }
