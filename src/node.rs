@@ -187,7 +187,7 @@ impl Node {
             MqttMode::External => {
                 let parts = external::Parts {
                     config: config.mqtt.clone(),
-                    node: config.node.name.clone(),
+                    node: config.node.name(),
                     inward: Arc::new(router.clone()),
                     clock: clock.clone(),
                     drain: drain.clone(),
@@ -231,7 +231,7 @@ impl Node {
             auth: auth.clone(),
             config: config.http.clone(),
             clock,
-            node: Arc::from(config.node.name.as_str()),
+            node: Arc::from(config.node.name()),
             metrics: Arc::new(prometheus::render),
             checks: Vec::new(),
             extra: match &door {

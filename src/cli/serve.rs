@@ -20,7 +20,7 @@ const CUT_SHORT: u8 = 130;
 pub fn run(settings: &SettingsArgs) -> Result<ExitCode, Failure> {
     let loaded = settings.load().map_err(|error| Failure::of(&error))?;
     let config = loaded.config;
-    telemetry::log::install(&config.telemetry, &config.node.name).map_err(|error| Failure::new(error.to_string()))?;
+    telemetry::log::install(&config.telemetry, &config.node.name()).map_err(|error| Failure::new(error.to_string()))?;
     telemetry::prometheus::install();
     node::system(async move {
         let failed = |error: std::io::Error| Failure::new(format!("signals cannot be received: {error}"));

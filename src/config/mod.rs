@@ -67,6 +67,17 @@ pub struct Node {
     pub drain_seconds: u64,
 }
 
+impl Node {
+    /// The configured name, or else the host's.
+    pub fn name(&self) -> String {
+        if !self.name.is_empty() {
+            return self.name.clone();
+        }
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").or_else(|_| std::env::var("HOSTNAME"));
+        host.map_or_else(|_| String::from("node"), |host| host.trim().to_owned())
+    }
+}
+
 /// `[http]`
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
