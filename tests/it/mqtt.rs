@@ -1,8 +1,9 @@
 //! The embedded MQTT door: real clients (mosquitto, paho), and packets by hand where order and repeats matter.
 //!
-//! Not here: a whole node behind it (`tests/it/crash.rs`), the external broker.
+//! Not here: crashes under load (`tests/it/crash.rs`), the external broker (`mqtt_external`).
 
 mod door;
+mod node;
 mod raw;
 
 use std::time::Duration;
