@@ -2,8 +2,6 @@
 # Two stages: the build with its tools, and an image with the binary, certificates and nothing else to maintain.
 
 FROM rust:1.95-bookworm AS build
-# aws-lc and SQLite are compiled from C.
-RUN apt-get update && apt-get install -y --no-install-recommends cmake && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY Cargo.toml Cargo.lock ./
 COPY benches benches

@@ -96,6 +96,15 @@ pub fn instance(text: &str) -> Result<InstanceId, Failure> {
         .map_err(|error| Failure { code: super::failure::USAGE, ..Failure::new(format!("'{text}': {error}")) })
 }
 
+/// A runtime for a command that talks to a door: one thread is plenty.
+///
+/// # Errors
+/// The system has no threads or descriptors left.
+pub fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    let built = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    built.map_err(|error| Failure::new(format!("cannot start: {error}")))
+}
+
 impl Door {
     /// Prepares the client; nothing is sent yet.
     ///

@@ -35,10 +35,7 @@ pub struct InspectArgs {
 pub fn run(args: &InspectArgs) -> Result<ExitCode, Failure> {
     let instance = door::instance(&args.instance)?;
     let door = Door::new(&args.door)?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Failure::new(format!("cannot start: {error}")))?;
+    let runtime = door::runtime()?;
     let seen = runtime.block_on(collect(&door, instance.as_str(), args.last))?;
     if args.json {
         out::out(&format!("{seen:#}\n"));
@@ -54,10 +51,7 @@ pub fn run(args: &InspectArgs) -> Result<ExitCode, Failure> {
 /// No such node, or one that does not take work at present.
 pub fn health(args: &DoorArgs) -> Result<ExitCode, Failure> {
     let door = Door::new(args)?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Failure::new(format!("cannot start: {error}")))?;
+    let runtime = door::runtime()?;
     runtime.block_on(door.send(door.request(reqwest::Method::GET, "health/ready")))?;
     out::out("ready\n");
     Ok(ExitCode::SUCCESS)

@@ -46,10 +46,7 @@ pub struct ChatArgs {
 pub fn run(args: &ChatArgs) -> Result<ExitCode, Failure> {
     let instance = door::instance(&args.instance)?;
     let door = Door::new(&args.door)?;
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Failure::new(format!("cannot start: {error}")))?;
+    let runtime = door::runtime()?;
     if std::io::stdin().is_terminal() {
         on_terminal(&runtime, &door, &instance)
     } else {
