@@ -112,9 +112,30 @@ pub struct Node {
     door: Door,
     courier: Courier,
     arbiters: Vec<Arbiter>,
-    edge: tokio::runtime::Runtime,
+    edge: Edge,
     store: Arc<dyn Store>,
     patience: Duration,
+}
+
+/// The runtime of everything that is no actor. Unlike the runtime itself it may be dropped anywhere, so that a start that
+/// fails halfway ends with its error.
+struct Edge {
+    handle: tokio::runtime::Handle,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Edge {
+    fn new(runtime: tokio::runtime::Runtime) -> Self {
+        Self { handle: runtime.handle().clone(), runtime: Some(runtime) }
+    }
+}
+
+impl Drop for Edge {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
 }
 
 /// The MQTT door as configured.
@@ -173,6 +194,7 @@ impl Node {
             .thread_name("sophont-edge")
             .enable_all()
             .build()
+            .map(Edge::new)
             .map_err(part)?;
 
         let store = open_store(config, &clock)?;
@@ -191,7 +213,7 @@ impl Node {
                     inward: Arc::new(router.clone()),
                     clock: clock.clone(),
                     drain: drain.clone(),
-                    handle: edge.handle().clone(),
+                    handle: edge.handle.clone(),
                 };
                 Door::External(Link::start(parts).map_err(part)?)
             }
@@ -203,7 +225,7 @@ impl Node {
                     config: config.mqtt.clone(),
                     clock: clock.clone(),
                     drain: drain.clone(),
-                    handle: edge.handle().clone(),
+                    handle: edge.handle.clone(),
                 };
                 let sockets = embedded::Listeners { plain: listeners.mqtt, tls: listeners.mqtts };
                 Door::Embedded(Broker::start(parts, sockets).await.map_err(part)?)
@@ -221,10 +243,14 @@ impl Node {
             config: config.delivery.clone(),
             clock: clock.clone(),
             drain: drain.clone(),
-            handle: edge.handle().clone(),
+            handle: edge.handle.clone(),
         })
         .map_err(part)?;
-        edge.spawn(scan(router.clone(), drain.clone(), Duration::from_secs(config.instances.scan_seconds.max(1))));
+        edge.handle.spawn(scan(
+            router.clone(),
+            drain.clone(),
+            Duration::from_secs(config.instances.scan_seconds.max(1)),
+        ));
 
         let parts = http::Parts {
             router: router.clone(),
@@ -270,7 +296,7 @@ impl Node {
         for arbiter in &self.arbiters {
             arbiter.stop();
         }
-        self.edge.shutdown_background();
+        drop(self.edge);
         let store = self.store;
         let closed = tokio::task::spawn_blocking(move || store.close()).await;
         if closed.is_err() {

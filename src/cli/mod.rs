@@ -26,21 +26,29 @@ pub use failure::Failure;
 #[command(
     name = "sophont",
     version,
-    after_help = AFTER_HELP,
-    args_conflicts_with_subcommands = true
+    args_conflicts_with_subcommands = true,
+    after_help = AFTER_HELP
 )]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
-    /// Settings of `serve`, the command when none is named.
     #[command(flatten)]
     settings: SettingsArgs,
 }
 
 const AFTER_HELP: &str = "\
-Settings come from the defaults, then --config or ./sophont.toml, then SOPHONT__SECTION__KEY, then --set, then flags; `sophont config print` shows them all.
+Without a command, `serve` is meant. Without any file or flag: HTTP on 127.0.0.1:8080, MQTT on 127.0.0.1:1883, data in
+./data, no login (both doors are open to this machine only).
 
-Exit codes: 0 done; 1 it failed; 2 wrong usage.";
+First steps, with the node running:
+  sophont chat lamp
+  curl -s http://127.0.0.1:8080/v1/instances/lamp/stimuli -H 'content-type: application/json' -d '{\"content\":\"hello\"}'
+
+Settings come from the defaults, then --config or ./sophont.toml, then SOPHONT__SECTION__KEY, then --set, then the flags
+above; `sophont config print` shows them all.
+
+Exit codes: 0 done; 1 it could not start or failed; 2 wrong usage; 3 the drain ran out of time (nothing accepted is lost);
+130 and 143 stopped at once by a second Ctrl-C or SIGTERM.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -137,14 +145,15 @@ pub fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<ExitCode, Failure> {
-    match cli.command.unwrap_or(Command::Serve(cli.settings)) {
-        Command::Serve(settings) => serve::run(&settings),
-        Command::Config(ConfigCommand::Check(settings)) => settings::check(&settings),
-        Command::Config(ConfigCommand::Print(settings)) => settings::print(&settings),
-        Command::Chat(args) => chat::run(&args),
-        Command::Inspect(args) => inspect::run(&args),
-        Command::Health(args) => inspect::health(&args),
-        Command::Load(args) => load::run(&args).map_err(|error| Failure::of(&error)),
+    match cli.command {
+        None => serve::run(&cli.settings),
+        Some(Command::Serve(settings)) => serve::run(&settings),
+        Some(Command::Config(ConfigCommand::Check(settings))) => settings::check(&settings),
+        Some(Command::Config(ConfigCommand::Print(settings))) => settings::print(&settings),
+        Some(Command::Chat(args)) => chat::run(&args),
+        Some(Command::Inspect(args)) => inspect::run(&args),
+        Some(Command::Health(args)) => inspect::health(&args),
+        Some(Command::Load(args)) => load::run(&args).map_err(|error| Failure::of(&error)),
     }
 }
 
@@ -157,5 +166,16 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn serve_is_the_default_and_takes_the_same_flags() {
+        let with = |words: &[&str]| Cli::try_parse_from([&["sophont"], words].concat());
+        assert!(with(&[]).is_ok_and(|cli| cli.command.is_none()));
+        assert!(with(&["--http", "127.0.0.1:0", "--set", "a.b=1"]).is_ok_and(|cli| cli.settings.set.len() == 1));
+        assert!(with(&["serve", "--mqtt", "127.0.0.1:0"]).is_ok());
+        assert!(with(&["config", "check", "--config", "f"]).is_ok());
+        assert!(with(&["config"]).is_err());
+        assert!(with(&["chat"]).is_err());
     }
 }

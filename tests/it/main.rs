@@ -7,6 +7,7 @@
 mod support;
 
 mod activation;
+mod cli;
 mod config;
 mod delivery;
 mod hostile;
