@@ -6,8 +6,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use serde_json::value::RawValue;
 
 /// Valid JSON text. In JSON it stands as itself; in binary formats as a string.
-#[derive(Clone, PartialEq, Eq)]
-pub struct RawJson(Arc<str>);
+#[derive(Clone)]
+pub struct RawJson(Arc<RawValue>);
 
 impl RawJson {
     /// Checks that a text is JSON.
@@ -15,13 +15,13 @@ impl RawJson {
     /// # Errors
     /// The parser's error, with line and column.
     pub fn parse(text: &str) -> Result<Self, serde_json::Error> {
-        let raw: &RawValue = serde_json::from_str(text)?;
-        Ok(Self(Arc::from(raw.get())))
+        Ok(Self(Arc::from(serde_json::from_str::<Box<RawValue>>(text)?)))
     }
 
     /// The text of a value.
     pub fn of(value: &serde_json::Value) -> Self {
-        Self(Arc::from(value.to_string()))
+        // A value always has a text; `null` stands for the impossible.
+        Self::from_serialize(value).unwrap_or_else(|_| Self(Arc::from(RawValue::NULL.to_owned())))
     }
 
     /// The text of anything that serializes.
@@ -29,49 +29,51 @@ impl RawJson {
     /// # Errors
     /// As [`serde_json::to_string`]: a map with keys that are no strings, or a failing `Serialize`.
     pub fn from_serialize<T: Serialize>(value: &T) -> Result<Self, serde_json::Error> {
-        Ok(Self(Arc::from(serde_json::to_string(value)?)))
+        Ok(Self(Arc::from(serde_json::value::to_raw_value(value)?)))
     }
 
     /// The text.
     pub fn get(&self) -> &str {
-        &self.0
+        self.0.get()
     }
 
     /// The parsed value. The text was checked, so only a number or nesting beyond the parser's range yields `null`.
     pub fn value(&self) -> serde_json::Value {
-        serde_json::from_str(&self.0).unwrap_or_default()
+        serde_json::from_str(self.get()).unwrap_or_default()
     }
 }
 
+impl PartialEq for RawJson {
+    fn eq(&self, other: &Self) -> bool {
+        self.get() == other.get()
+    }
+}
+
+impl Eq for RawJson {}
+
 impl fmt::Debug for RawJson {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(self.get())
     }
 }
 
 impl Serialize for RawJson {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         if serializer.is_human_readable() {
-            let raw: &RawValue = serde_json::from_str(&self.0).map_err(serde::ser::Error::custom)?;
-            raw.serialize(serializer)
+            self.0.serialize(serializer)
         } else {
-            serializer.serialize_str(&self.0)
+            serializer.serialize_str(self.get())
         }
     }
 }
 
 impl<'de> Deserialize<'de> for RawJson {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        if deserializer.is_human_readable() {
-            let raw = Box::<RawValue>::deserialize(deserializer)?;
-            Ok(Self(Arc::from(raw.get())))
+        let raw = if deserializer.is_human_readable() {
+            Box::<RawValue>::deserialize(deserializer)?
         } else {
-            // Stored text was checked before it was stored; a corrupt row is caught by the record's own framing.
-            let text = String::deserialize(deserializer)?;
-            if text.is_empty() {
-                return Err(D::Error::custom("empty JSON text"));
-            }
-            Ok(Self(Arc::from(text)))
-        }
+            RawValue::from_string(String::deserialize(deserializer)?).map_err(D::Error::custom)?
+        };
+        Ok(Self(Arc::from(raw)))
     }
 }
