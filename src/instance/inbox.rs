@@ -3,7 +3,10 @@
 //! Not here: durability. An entry that is `accepted` also stands in the store's inbox.
 //! Tests: at the foot.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::Arc,
+};
 
 use tokio::sync::oneshot;
 
@@ -91,8 +94,18 @@ impl Inbox {
         self.0[lane(waiting.stimulus.priority)].push_back(waiting);
     }
 
-    /// Puts one back where it was taken from.
-    pub fn put_back(&mut self, waiting: Waiting) {
+    /// Puts one back where it was taken from. If the same id arrived meanwhile, the two become one: a unit of work never
+    /// holds an id twice, so nobody is told of a turn that is not written.
+    pub fn put_back(&mut self, mut waiting: Waiting) {
+        if waiting.stimulus.repeatable && self.find(&waiting.stimulus.id).is_some() {
+            for again in self.extract(|other| other.stimulus.id == waiting.stimulus.id) {
+                waiting.waiters.extend(again.waiters);
+                waiting.accepted |= again.accepted;
+            }
+            if waiting.accepted {
+                waiting.tell_accepted();
+            }
+        }
         self.0[lane(waiting.stimulus.priority)].push_front(waiting);
     }
 
@@ -104,6 +117,20 @@ impl Inbox {
     /// The waiting one with this id.
     pub fn find(&mut self, id: &StimulusId) -> Option<&mut Waiting> {
         self.0.iter_mut().flatten().find(|waiting| waiting.stimulus.id == *id)
+    }
+
+    /// Takes what stands in the store's inbox, in its order. It goes before what arrived while it was read, which came
+    /// later; one that arrived again keeps who waits for it and takes its old place.
+    pub fn restore(&mut self, stored: impl IntoIterator<Item = Arc<Stimulus>>) {
+        let arrived: Vec<Waiting> = self.0.iter_mut().flat_map(|queue| queue.drain(..)).collect();
+        let order: Vec<StimulusId> = arrived.iter().map(|waiting| waiting.stimulus.id.clone()).collect();
+        let mut arrived: HashMap<StimulusId, Waiting, ahash::RandomState> =
+            arrived.into_iter().map(|waiting| (waiting.stimulus.id.clone(), waiting)).collect();
+        for stimulus in stored {
+            let again = arrived.remove(&stimulus.id);
+            self.push(Waiting { accepted: true, ..again.unwrap_or_else(|| Waiting::accepted(stimulus)) });
+        }
+        order.iter().filter_map(|id| arrived.remove(id)).for_each(|waiting| self.push(waiting));
     }
 
     /// Those the store does not know yet, in the order in which they will be taken.
@@ -159,6 +186,38 @@ mod tests {
         }
         let order: Vec<_> = std::iter::from_fn(|| inbox.pop()).map(|w| w.stimulus.content.clone().unwrap()).collect();
         assert_eq!(order, ["a", "b", "c", "d"]);
+    }
+
+    #[test]
+    fn what_the_store_kept_comes_before_what_arrived_meanwhile() {
+        let stored: Vec<_> = ["a", "b", "c"].map(|text| waiting(Priority::Device, text).stimulus).into();
+        let mut inbox = Inbox::default();
+        inbox.push(waiting(Priority::Device, "d"));
+        inbox.push(Waiting { stimulus: stored[1].clone(), tries: 2, ..waiting(Priority::Device, "b") });
+        inbox.push(waiting(Priority::Device, "e"));
+        inbox.restore(stored);
+        let order: Vec<_> = std::iter::from_fn(|| inbox.pop()).collect();
+        let seen: Vec<_> =
+            order.iter().map(|w| (w.stimulus.content.as_deref().unwrap(), w.accepted, w.tries)).collect();
+        assert_eq!(seen, [("a", true, 0), ("b", true, 2), ("c", true, 0), ("d", false, 0), ("e", false, 0)]);
+    }
+
+    #[test]
+    fn what_is_put_back_takes_in_a_repeat_that_arrived_meanwhile() {
+        let id = StimulusId::new("same").unwrap();
+        let named = || {
+            let stimulus = (*waiting(Priority::Device, "a").stimulus).clone().with_repeatable_id(id.clone());
+            let (answer, receiver) = oneshot::channel();
+            let waiters = vec![Waiter { until: Until::Decided, answer }];
+            (Waiting { stimulus: Arc::new(stimulus), waiters, ..waiting(Priority::Device, "a") }, receiver)
+        };
+        let ((first, _one), (again, _other)) = (named(), named());
+        let mut inbox = Inbox::default();
+        inbox.push(waiting(Priority::Device, "b"));
+        inbox.push(again);
+        inbox.put_back(first);
+        assert_eq!(inbox.len(), 2);
+        assert_eq!(inbox.pop().map(|waiting| (waiting.stimulus.id.clone(), waiting.waiters.len())), Some((id, 2)));
     }
 
     #[test]

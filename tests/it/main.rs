@@ -9,6 +9,7 @@ mod support;
 mod activation;
 mod cli;
 mod config;
+mod crash;
 mod delivery;
 mod hostile;
 mod http;

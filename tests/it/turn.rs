@@ -1,5 +1,5 @@
-//! Turns over HTTP: one per stimulus id, serial, ordered, behind their tenant's wall
-//! (promises 2, 3 and 7).
+//! Turns over HTTP: one per stimulus id, serial, ordered, behind their tenant's wall, and nothing leaves before the commit
+//! (promises 2, 3, 5 and 7).
 
 use futures_util::future::join_all;
 use reqwest::Method;
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::support::{
     Http, Node, PATIENCE,
     http::{blockable, echo, slow},
-    wait_until,
+    mosquitto, wait_until,
 };
 
 /// Longer than anything a test does while an instance is blocked.
@@ -325,4 +325,31 @@ async fn a_token_opens_what_it_says_and_nothing_else() {
     let other = lamp.say("door", "s3", "open").await;
     assert!(matches!(other.status.as_u16(), 403 | 404), "{} {}", other.status, other.text);
     assert_eq!(ann.decided("lamp").await, ["it is me"]);
+}
+
+#[tokio::test]
+async fn nothing_leaves_before_its_commit() {
+    let home = tempfile::tempdir().expect("a temporary folder");
+    let full = home.path().join("disk-is-full");
+    let faults = format!("[faults]\ndisk_full_file = {:?}", full.display().to_string());
+    let node = Node::builder().config(&faults).start().await;
+    let http = node.client();
+    http.put_instance("lamp", &echo()).await;
+    let replies = mosquitto::Subscriber::start(node.mqtt(), &["-t", "sophont/default/lamp/out/#", "-F", "%p"]).await;
+    let devices = ["-t", "sophont/default/lamp/in/text", "-q", "1", "-m"];
+    mosquitto::publish(node.mqtt(), &[&devices[..], &["before"]].concat()).await;
+    replies.wait(1).await;
+
+    std::fs::write(&full, "").expect("the disk is full now");
+    let refused = http.say("lamp", "s1", "while it is full").await.problem(503, "STORE_FULL");
+    assert!(refused["hint"].is_string(), "{refused}");
+    assert_eq!(replies.messages().len(), 1, "{:?}", replies.messages());
+    assert_eq!(http.decided("lamp").await, ["before"], "the log can be read and has nothing new");
+
+    std::fs::remove_file(&full).expect("the disk has room again");
+    http.say("lamp", "s1", "while it is full").await.expect(200);
+    mosquitto::publish(node.mqtt(), &[&devices[..], &["after"]].concat()).await;
+    let told = replies.wait(2).await;
+    assert!(told[1].contains("after"), "{told:?}");
+    assert_eq!(http.decided("lamp").await, ["before", "while it is full", "after"]);
 }

@@ -224,15 +224,11 @@ impl InstanceActor {
         self.version = loaded.state.version;
         self.since_full = loaded.turns_since_full;
         self.state = State::Packed(loaded.state.doc);
-        for stimulus in loaded.inbox {
+        if !loaded.inbox.is_empty() {
             let agenda = self.agenda();
-            if agenda.thinking.as_ref().is_some_and(|thinking| thinking.waiting.stimulus.id == stimulus.id) {
-                continue;
-            }
-            match agenda.inbox.find(&stimulus.id) {
-                Some(waiting) => waiting.accepted = true,
-                None => agenda.inbox.push(Waiting::accepted(stimulus)),
-            }
+            let in_hand = agenda.thinking.as_ref().map(|thinking| thinking.waiting.stimulus.id.clone());
+            let stored = loaded.inbox.into_iter().filter(|stimulus| Some(&stimulus.id) != in_hand.as_ref());
+            agenda.inbox.restore(stored);
         }
         Ok(())
     }
