@@ -18,7 +18,13 @@ use super::{
     shards::{ArbiterHandle, Shards},
 };
 use crate::{
-    instance::{Error, Receipt, Until, environment::Environment, events::Hub, inbox::Waiter, turn::PATCH_CHANNEL},
+    instance::{
+        Error, Receipt, Until,
+        environment::Environment,
+        events::Hub,
+        inbox::{Line, Waiter},
+        turn::PATCH_CHANNEL,
+    },
     store::Store,
     types::{InstanceKey, Profile, StateSnapshot, Stimulus, StimulusId},
 };
@@ -84,11 +90,37 @@ impl Router {
         expected: Option<u64>,
         until: Until,
     ) -> Result<oneshot::Receiver<Result<Receipt, Error>>, Error> {
-        if self.0.draining.load(Ordering::Acquire) {
+        self.send(key, stimulus, expected, until, None)
+    }
+
+    /// As [`Router::submit`], for one of a line: once one of the line was not taken, those behind it are refused too.
+    ///
+    /// # Errors
+    /// As [`Router::submit`].
+    pub fn submit_in_line(
+        &self,
+        key: &InstanceKey,
+        stimulus: Stimulus,
+        until: Until,
+        line: &Line,
+    ) -> Result<oneshot::Receiver<Result<Receipt, Error>>, Error> {
+        self.send(key, stimulus, None, until, Some(line.clone()))
+    }
+
+    fn send(
+        &self,
+        key: &InstanceKey,
+        stimulus: Stimulus,
+        expected: Option<u64>,
+        until: Until,
+        line: Option<Line>,
+    ) -> Result<oneshot::Receiver<Result<Receipt, Error>>, Error> {
+        let (waiter, receiver) = Waiter::new(until, line);
+        if self.is_draining() {
+            waiter.tell(Err(Error::Draining));
             return Err(Error::Draining);
         }
-        let (answer, receiver) = oneshot::channel();
-        self.tell(key, What::Deliver(stimulus, expected, Waiter { until, answer }));
+        self.tell(key, What::Deliver(stimulus, expected, waiter));
         Ok(receiver)
     }
 

@@ -5,27 +5,76 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use tokio::sync::oneshot;
 
 use super::{Error, Receipt, Until, turn::lane};
-use crate::types::{Priority, Stimulus, StimulusId};
+use crate::types::{Fault as _, Priority, Stimulus, StimulusId};
+
+/// What one sender has in flight and will send again in order if it is not taken (an MQTT 3.1.1 connection). Once one of it
+/// was not taken, those behind it are refused as well, so that none of them overtakes it. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Line(Arc<AtomicBool>);
+
+impl Line {
+    /// Whether one of it was not taken.
+    pub fn is_broken(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
 
 /// Someone who waits for what becomes of a stimulus. Dropping it unanswered tells them that the instance crashed.
 #[derive(Debug)]
 pub struct Waiter {
-    /// How long they wait.
-    pub until: Until,
-    /// Where the answer goes.
-    pub answer: oneshot::Sender<Result<Receipt, Error>>,
+    until: Until,
+    answer: Option<oneshot::Sender<Result<Receipt, Error>>>,
+    line: Option<Line>,
 }
 
 impl Waiter {
+    /// One who waits so long, at the end of a line if there is one, and where the answer arrives.
+    pub fn new(until: Until, line: Option<Line>) -> (Self, oneshot::Receiver<Result<Receipt, Error>>) {
+        let (answer, receiver) = oneshot::channel();
+        (Self { until, answer: Some(answer), line }, receiver)
+    }
+
+    /// How long they wait.
+    pub const fn until(&self) -> Until {
+        self.until
+    }
+
+    /// Whether one before it in its line was not taken.
+    pub fn is_behind_a_refusal(&self) -> bool {
+        self.line.as_ref().is_some_and(Line::is_broken)
+    }
+
     /// Answers. Nobody listening any more is not an error.
-    pub fn tell(self, end: Result<Receipt, Error>) {
-        drop(self.answer.send(end));
+    pub fn tell(mut self, end: Result<Receipt, Error>) {
+        if end.as_ref().is_err_and(|error| error.kind().is_retryable()) {
+            self.break_line();
+        }
+        if let Some(answer) = self.answer.take() {
+            drop(answer.send(end));
+        }
+    }
+
+    fn break_line(&self) {
+        if let Some(line) = &self.line {
+            line.0.store(true, Ordering::Release);
+        }
+    }
+}
+
+impl Drop for Waiter {
+    fn drop(&mut self) {
+        if self.answer.is_some() {
+            self.break_line();
+        }
     }
 }
 
@@ -66,9 +115,14 @@ impl Waiting {
         }
     }
 
+    /// Whether it may not be taken any more: it is not durable, and one before it in its line was not taken.
+    pub fn is_behind_a_refusal(&self) -> bool {
+        !self.accepted && self.waiters.iter().any(Waiter::is_behind_a_refusal)
+    }
+
     /// Answers those who wait only for acceptance.
     pub fn tell_accepted(&mut self) {
-        for waiter in self.waiters.extract_if(.., |waiter| waiter.until == Until::Accepted) {
+        for waiter in self.waiters.extract_if(.., |waiter| waiter.until() == Until::Accepted) {
             waiter.tell(Ok(Receipt::Accepted { repeated: false }));
         }
     }
@@ -163,6 +217,25 @@ mod tests {
     use super::*;
     use crate::types::{Channel, Millis, Source};
 
+    #[test]
+    fn a_line_breaks_when_one_is_not_taken() {
+        let line = Line::default();
+        let waiter = || Waiter::new(Until::Accepted, Some(line.clone())).0;
+        waiter().tell(Ok(Receipt::Accepted { repeated: false }));
+        waiter().tell(Err(Error::Invalid("for good".into())));
+        assert!(!waiter_is_behind(&line), "what is refused for good does not come again");
+        waiter().tell(Err(Error::InboxFull(1)));
+        assert!(waiter_is_behind(&line));
+
+        let crashed = Line::default();
+        drop(Waiter::new(Until::Accepted, Some(crashed.clone())));
+        assert!(waiter_is_behind(&crashed));
+    }
+
+    fn waiter_is_behind(line: &Line) -> bool {
+        line.is_broken()
+    }
+
     fn waiting(priority: Priority, text: &str) -> Waiting {
         let mut stimulus = Stimulus::text(Source::Http, Channel::new("c").unwrap(), text, Millis(0));
         stimulus.priority = priority;
@@ -207,9 +280,11 @@ mod tests {
         let id = StimulusId::new("same").unwrap();
         let named = || {
             let stimulus = (*waiting(Priority::Device, "a").stimulus).clone().with_repeatable_id(id.clone());
-            let (answer, receiver) = oneshot::channel();
-            let waiters = vec![Waiter { until: Until::Decided, answer }];
-            (Waiting { stimulus: Arc::new(stimulus), waiters, ..waiting(Priority::Device, "a") }, receiver)
+            let (waiter, receiver) = Waiter::new(Until::Decided, None);
+            (
+                Waiting { stimulus: Arc::new(stimulus), waiters: vec![waiter], ..waiting(Priority::Device, "a") },
+                receiver,
+            )
         };
         let ((first, _one), (again, _other)) = (named(), named());
         let mut inbox = Inbox::default();

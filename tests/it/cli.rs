@@ -166,7 +166,8 @@ async fn chat_answers_what_is_piped_in_line_by_line() {
 async fn chat_takes_its_stream_up_again_after_the_node_died() {
     let mut node = Node::builder().stable_ports().start().await;
     let client = node.client();
-    scripted(&client, "slow", "here I am again", 3000).await;
+    // Long enough that the node is killed before the answer, also on a busy machine.
+    scripted(&client, "slow", "here I am again", 8000).await;
     let mut chat = sophont(&["chat", "slow", "--url", &url(&node)]);
     let (mut input, errors) = (tempfile::tempfile().unwrap(), node.home().join("chat.err"));
     std::io::Write::write_all(&mut input, b"are you there\n").unwrap();

@@ -7,7 +7,7 @@ use serde_json::json;
 use sophont::{
     cluster::Router,
     config::Config,
-    instance::{Error, Receipt, Until, environment::Environment},
+    instance::{Error, Receipt, Until, environment::Environment, inbox::Line},
     runtime::clock::Clock,
     store::{self, Reader as _, memory::MemoryStore},
     types::{
@@ -143,6 +143,34 @@ async fn a_failed_commit_refuses_and_leaves_no_trace() {
     assert_eq!((turn.turn, turn.version), (2, 2));
     let state = house.router.state(&key).await.unwrap().unwrap();
     assert_eq!(state.doc.get(), r#"{"desired":{},"reported":{"last":"after"}}"#);
+}
+
+#[actix_rt::test]
+async fn behind_a_refusal_nothing_of_the_same_line_is_taken() {
+    let house = House::build(|_| ()).await;
+    let key = key("a");
+    house.router.put_profile(&key, counter()).await.unwrap();
+    let faults = house.store.faults();
+    let line = Line::default();
+    let in_line = |content: &str| house.router.submit_in_line(&key, text(content), Until::Accepted, &line).unwrap();
+    faults.hold();
+    let first = in_line("1");
+    while faults.waiting() == 0 {
+        tokio::task::yield_now().await;
+    }
+    let (second, other) = (in_line("2"), house.router.submit(&key, text("other"), None, Until::Decided).unwrap());
+    faults.fail_next(1, store::Error::Full("disk".into()));
+    faults.release();
+    assert!(matches!(first.await, Ok(Err(Error::Store(_)))));
+    assert!(matches!(second.await, Ok(Err(Error::Overloaded(_)))));
+    assert!(matches!(in_line("3").await, Ok(Err(Error::Overloaded(_)))));
+    assert!(matches!(other.await, Ok(Ok(Receipt::Decided { .. }))));
+    let again = Line::default();
+    let receipt = house.router.submit_in_line(&key, text("1"), Until::Decided, &again).unwrap().await;
+    assert!(matches!(receipt, Ok(Ok(Receipt::Decided { .. }))));
+    let turns = house.store.turns(&key, 0, 10).await.unwrap();
+    let order: Vec<_> = turns.iter().map(|turn| turn.stimulus.content.as_deref().unwrap()).collect();
+    assert_eq!(order, ["other", "1"]);
 }
 
 #[actix_rt::test]

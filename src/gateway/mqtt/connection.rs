@@ -34,7 +34,7 @@ use super::{
     wire::Wire,
 };
 use crate::{
-    instance::{self, Receipt},
+    instance::{self, Receipt, inbox::Line},
     store::MqttWrite,
     telemetry::metric,
     types::{AuthContext, Fault, Kind},
@@ -123,6 +123,8 @@ pub(super) struct Connection<S> {
     /// Publishes of QoS 1 and 2 the client waits for.
     pub quota: usize,
     pub slots: VecDeque<Slot>,
+    /// What is in flight inward.
+    pub line: Line,
     pub link: Arc<Link>,
     expiry_seconds: u32,
     /// Rows of acknowledged messages, removed together.
@@ -165,6 +167,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             replay: VecDeque::new(),
             quota: 0,
             slots: VecDeque::new(),
+            line: Line::default(),
             link: admitted.link,
             expiry_seconds: admitted.expiry_seconds,
             rows: Vec::new(),

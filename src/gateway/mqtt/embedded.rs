@@ -40,7 +40,7 @@ use crate::{
     config,
     delivery::{self, Publisher},
     gateway::auth::Authenticator,
-    instance::{self, Receipt, Until},
+    instance::{self, Receipt, Until, inbox::Line},
     runtime::{clock::Clock, drain::Drain},
     store::{self, Done, MqttRow, MqttWrite, Store},
     telemetry::metric,
@@ -59,7 +59,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// The way of stimuli inward. A port of this door, so that it can be driven without instances.
 pub trait Inward: Send + Sync + 'static {
-    /// Sends a stimulus on its way, in the order of the calls. The receiver yields the end; closed without an answer
+    /// Sends a stimulus on its way, in the order of the calls; behind one of its line that is not taken, it is not taken
+    /// either. The receiver yields the end; closed without an answer
     /// means [`instance::Error::Crashed`].
     ///
     /// # Errors
@@ -69,6 +70,7 @@ pub trait Inward: Send + Sync + 'static {
         key: &InstanceKey,
         stimulus: Stimulus,
         until: Until,
+        line: Option<&Line>,
     ) -> Result<oneshot::Receiver<Result<Receipt, instance::Error>>, instance::Error>;
 }
 
@@ -78,8 +80,12 @@ impl Inward for Router {
         key: &InstanceKey,
         stimulus: Stimulus,
         until: Until,
+        line: Option<&Line>,
     ) -> Result<oneshot::Receiver<Result<Receipt, instance::Error>>, instance::Error> {
-        Router::submit(self, key, stimulus, None, until)
+        match line {
+            Some(line) => self.submit_in_line(key, stimulus, until, line),
+            None => Router::submit(self, key, stimulus, None, until),
+        }
     }
 }
 

@@ -132,7 +132,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             self.remember(Taken { id, hash, stimulus: derived.clone() });
             stimulus = stimulus.with_repeatable_id(derived);
         }
-        Ok(match self.broker.inward.submit(&key, stimulus, until) {
+        // A 3.1.1 client is told no by a closed connection and sends all again; a 5 client is told for each publish.
+        let line = (self.version == Version::V3).then_some(&self.line);
+        Ok(match self.broker.inward.submit(&key, stimulus, until, line) {
             Ok(answer) => Wait::Stimulus(answer),
             Err(error) => Wait::Now(Some(Verdict::of(&error))),
         })

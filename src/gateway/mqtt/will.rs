@@ -168,7 +168,7 @@ pub async fn send(
     {
         stimulus = stimulus.with_repeatable_id(id);
     }
-    let error = match broker.inward.submit(&key, stimulus, until) {
+    let error = match broker.inward.submit(&key, stimulus, until, None) {
         Err(error) => error,
         Ok(answer) => match tokio::time::timeout(ACCEPT, answer).await {
             Ok(Ok(Ok(_))) => return true,

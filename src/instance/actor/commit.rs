@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use actix::prelude::*;
 
-use super::{Control, InstanceActor, Out, Phase, State, think::FIRST_PAUSE};
+use super::{Control, InstanceActor, Out, Phase, State, message::BEHIND, think::FIRST_PAUSE};
 use crate::{
     instance::{
         Error, Receipt,
@@ -228,6 +228,9 @@ impl InstanceActor {
                     waiting.tell(&Err(error.clone()));
                 }
             }
+        }
+        for mut waiting in self.agenda().inbox.extract(Waiting::is_behind_a_refusal) {
+            waiting.tell(&Err(Error::Overloaded(BEHIND)));
         }
     }
 }

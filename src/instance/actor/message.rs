@@ -15,6 +15,9 @@ use crate::{
     types::{Stimulus, StimulusId},
 };
 
+/// Why a stimulus is refused whose forerunner was.
+pub(super) const BEHIND: &str = "an earlier stimulus of the same sender was not taken";
+
 /// A stimulus arrives.
 #[derive(Message)]
 #[rtype(result = "()")]
@@ -32,12 +35,15 @@ impl Handler<Deliver> for InstanceActor {
 
     fn handle(&mut self, Deliver { stimulus, expected, waiter }: Deliver, ctx: &mut Context<Self>) {
         let limit = self.mind().profile.limits.max_inbox.map_or(self.environment.max_inbox, |limit| limit as usize);
+        if waiter.is_behind_a_refusal() {
+            return waiter.tell(Err(Error::Overloaded(BEHIND)));
+        }
         let agenda = self.agenda();
         if stimulus.repeatable {
             let thinking = agenda.thinking.as_mut().map(|thinking| &mut thinking.waiting);
             let earlier = thinking.filter(|waiting| waiting.stimulus.id == stimulus.id);
             if let Some(earlier) = earlier.or_else(|| agenda.inbox.find(&stimulus.id)) {
-                if earlier.accepted && waiter.until == Until::Accepted {
+                if earlier.accepted && waiter.until() == Until::Accepted {
                     waiter.tell(Ok(Receipt::Accepted { repeated: true }));
                 } else {
                     earlier.waiters.push(waiter);

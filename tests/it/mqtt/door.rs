@@ -14,7 +14,7 @@ use sophont::{
         auth::Authenticator,
         mqtt::embedded::{Broker, Inward, Listeners},
     },
-    instance::{Error, Receipt, Until},
+    instance::{Error, Receipt, Until, inbox::Line},
     runtime::{clock::Clock, drain::Drain},
     store::memory::MemoryStore,
     types::{InstanceKey, Stimulus},
@@ -70,7 +70,13 @@ impl Played {
 }
 
 impl Inward for Played {
-    fn submit(&self, key: &InstanceKey, stimulus: Stimulus, _until: Until) -> Result<Receiver<Answer>, Error> {
+    fn submit(
+        &self,
+        key: &InstanceKey,
+        stimulus: Stimulus,
+        _until: Until,
+        _line: Option<&Line>,
+    ) -> Result<Receiver<Answer>, Error> {
         if let Some(refusal) = &self.refusal {
             return Err(refusal.clone());
         }
