@@ -68,6 +68,7 @@ impl ShardActor {
         if !alive {
             self.make_room(ctx)?;
             self.environment.active.fetch_add(1, Ordering::AcqRel);
+            self.environment.metrics.active.increment(1.0);
             let instance = InstanceActor::new(self.environment.clone(), key.clone(), self.fence);
             let resident = Resident { address: instance.start(), used: tick, packed: false };
             self.residents.insert(key.clone(), resident);

@@ -358,5 +358,6 @@ impl Drop for InstanceActor {
     /// Also after a panic: those who wait are told by their dropped senders.
     fn drop(&mut self) {
         self.environment.active.fetch_sub(1, std::sync::atomic::Ordering::AcqRel);
+        self.environment.metrics.active.decrement(1.0);
     }
 }
