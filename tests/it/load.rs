@@ -145,3 +145,66 @@ fn a_missing_server_is_said_with_a_hint() {
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(text.contains("connecting to 127.0.0.1:9") && text.contains("hint:"), "{text}");
 }
+
+/// A short run against a node that the command starts.
+fn load_node(arguments: &[&str]) -> (Output, Value) {
+    load(&[&["--warmup", "0.5", "--runs", "1", "--connections", "8"], arguments].concat())
+}
+
+#[test]
+fn a_node_keeps_its_promises_over_both_doors() {
+    let arguments = &["--scenario", "mixed", "--instances", "30", "--rate", "400", "--duration", "2", "--verify"];
+    let (output, report) = load_node(arguments);
+    assert_done(&output, 0);
+    let verdict = &report["verdict"];
+    assert!(verdict["acked"].as_u64().unwrap() > 700, "{report:#}");
+    for figure in
+        ["HTTP latency p99", "MQTT latency p99", "MQTT reply on topic p99", "server CPU / 1k op", "server memory"]
+    {
+        assert!(row(&report, figure) > 0.0, "{figure}: {report:#}");
+    }
+    for trouble in ["failed", "unanswered", "replies missing"] {
+        assert!(!has_row(&report, trouble), "{report:#}");
+    }
+}
+
+#[test]
+fn a_node_that_is_stopped_under_load_loses_nothing() {
+    let (output, report) =
+        load_node(&["--scenario", "start-stop", "--instances", "30", "--rate", "400", "--duration", "2"]);
+    assert_done(&output, 0);
+    assert!(row(&report, "acknowledged before the stop") > 100.0, "{report:#}");
+    assert_eq!(report["verdict"]["lost"], 0, "{report:#}");
+}
+
+#[test]
+fn cold_instances_are_activated_once_each() {
+    let (output, report) = load_node(&["--scenario", "activation", "--instances", "120"]);
+    assert_done(&output, 0);
+    assert!(row(&report, "activations counted by the server") >= 120.0, "{report:#}");
+}
+
+#[test]
+fn idle_instances_stay_in_memory_and_are_counted() {
+    let (output, report) = load_node(&["--scenario", "idle-memory", "--instances", "400"]);
+    assert_done(&output, 0);
+    assert!(row(&report, "active instances counted by the server") >= 400.0, "{report:#}");
+}
+
+#[test]
+fn the_ceiling_is_measured_in_the_same_run() {
+    let (output, report) = load_node(&[
+        "--scenario",
+        "read-state",
+        "--instances",
+        "30",
+        "--rate",
+        "max",
+        "--duration",
+        "0.5",
+        "--ceiling",
+    ]);
+    assert_done(&output, 0);
+    assert!(row(&report, "ceiling: throughput") > 0.0, "{report:#}");
+    assert!(row(&report, "share of the ceiling's throughput") > 0.0, "{report:#}");
+}

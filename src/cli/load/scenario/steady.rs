@@ -1,6 +1,6 @@
 //! post-durable, read-state, mqtt-qos1 and mixed: a warm server under a steady load.
 
-use std::sync::Arc;
+use std::{net::SocketAddr, sync::Arc};
 
 use super::{
     super::{
@@ -50,7 +50,7 @@ impl Bench<'_> {
             if self.args.ceiling {
                 let own = figure(&figures, "throughput");
                 let cpu = figure(&figures, "server CPU / 1k op");
-                figures.extend(self.ceiling(own, cpu, pace).await?);
+                figures.extend(self.ceiling(target.http, own, cpu, pace).await?);
             }
             self.runs.push(figures);
         }
@@ -210,11 +210,17 @@ impl Bench<'_> {
     }
 
     /// The same load on a bare server, and our share of it.
-    async fn ceiling(&mut self, own: Option<f64>, cpu: Option<f64>, pace: Pace) -> Result<Vec<Figure>, Error> {
+    async fn ceiling(
+        &mut self,
+        node: SocketAddr,
+        own: Option<f64>,
+        cpu: Option<f64>,
+        pace: Pace,
+    ) -> Result<Vec<Figure>, Error> {
         if matches!(self.args.rate, Rate::PerSecond(_)) && self.runs.is_empty() {
             self.notes.push("the share of the ceiling's throughput means something with --rate max only".into());
         }
-        let outcome = self.measure_ceiling(pace).await?;
+        let outcome = self.measure_ceiling(node, pace).await?;
         let bare = outcome.throughput();
         let mut figures = vec![
             Figure::new("ceiling: server CPU / 1k op", "ms", outcome.cpu_per_1k()),
