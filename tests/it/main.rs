@@ -20,6 +20,8 @@ mod mqtt_external;
 mod overload;
 mod panic;
 mod store_contract;
+mod store_model;
+mod store_sqlite;
 mod support_works;
 mod thinking;
 mod turn;
