@@ -24,8 +24,6 @@ const LOCK: &str = "sophont.lock";
 const BUSY: Duration = Duration::from_secs(5);
 /// Most prepared statements a connection keeps.
 const STATEMENTS: usize = 96;
-/// Bytes of the database a reader maps, at most.
-const MMAP_BYTES: i64 = 1 << 30;
 
 mod migrations {
     refinery::embed_migrations!("migrations/sqlite");
@@ -108,12 +106,12 @@ pub(super) fn writer(folder: &Path, config: &config::Store) -> Result<Connection
     Ok(db)
 }
 
-/// A connection that only reads.
+/// A connection that only reads. It maps nothing: a map is thrown away at the next read after each commit, and costs more
+/// page faults than the page cache costs copies.
 pub(super) fn reader(folder: &Path, config: &config::Store) -> Result<Connection, Error> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let db = Connection::open_with_flags(folder.join(DATABASE), flags)?;
     settings(&db, config)?;
-    db.pragma_update(None, "mmap_size", MMAP_BYTES)?;
     db.pragma_update(None, "query_only", true)?;
     Ok(db)
 }
