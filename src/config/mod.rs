@@ -1,6 +1,6 @@
 //! Settings: one struct per section, defaults from `config/default.toml`, then file, environment, flags.
 //!
-//! Owns: the structs (here), layers and decoding ([`load`]), ranges and settings that need each other (`check.rs`), the
+//! Owns: the structs (here), layers and decoding (`load.rs`), ranges and settings that need each other (`check.rs`), the
 //! printed form (`print.rs`), what is wrong and where (`error.rs`).
 //! Not here: validation of things only their owner understands (rules, topics, log filters).
 //! A new key: a field here, a line with its comment in `config/default.toml`, a range in `check.rs`.

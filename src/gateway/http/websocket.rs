@@ -2,7 +2,7 @@
 //!
 //! Owns: the upgrade and the bytes of frames. Not here: MQTT itself, which sees one more byte stream (`gateway::mqtt`).
 //!
-//! Invariants: at most [`BUFFER`] bytes wait in each direction, then the slower side is waited for; without configured
+//! Invariants: at most `BUFFER` bytes wait in each direction, then the slower side is waited for; without configured
 //! tokens a web page of another site cannot connect through the browser of somebody on this machine.
 //! Tests: `tests/it/mqtt.rs`.
 

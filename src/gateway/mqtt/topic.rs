@@ -4,7 +4,7 @@
 //! (`inbound`), sessions.
 //!
 //! Invariants: a name or filter that passed its check has at most [`MAX_TOPIC_LEVELS`] levels, which bounds every
-//! recursion here; the trie agrees with [`matches`]; a trie that lost all its entries holds no nodes.
+//! recursion here; the trie agrees with [`matches()`]; a trie that lost all its entries holds no nodes.
 //! Tests: at the foot, against a naive matcher.
 
 use std::collections::HashMap;

@@ -1,6 +1,6 @@
 //! The actor around one instance: gathers inputs, calls the pure turn, commits, and only then answers.
 //!
-//! Here: its life and its loop. In [`think`]: asking the engine. In [`commit`]: units of work and their ends. In [`message`]:
+//! Here: its life and its loop. In `think`: asking the engine. In `commit`: units of work and their ends. In `message`:
 //! what it can be told. Not here: decisions (`turn`), queues (`inbox`), who keeps it alive (`cluster/shard.rs`).
 //! Invariants: one unit of work is with the store at a time, so units of an instance are in order; the state in memory runs
 //! ahead of the store only while that unit is out, and is loaded again when the unit is refused; nobody is answered before.
