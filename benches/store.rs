@@ -76,10 +76,8 @@ impl Load {
     }
 
     fn next(&mut self) -> (usize, Arc<TurnRecord>) {
-        if self.at == INSTANCES {
-            self.at = 0;
-            self.shuffle();
-        }
+        // The same order again: another one could name an instance whose last turn is still on its way.
+        self.at %= INSTANCES;
         let index = self.order[self.at];
         self.at += 1;
         let turn = self.heads[index].turn + 1;
