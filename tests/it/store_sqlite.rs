@@ -254,7 +254,7 @@ async fn a_store_written_by_version_1_opens() {
     assert_eq!(loaded.inbox.len(), 1);
     assert_eq!(store.dead_letters(&key, None, 9).await.unwrap().len(), 1);
     assert!(matches!(store.find(&key, &id("s7")).await.unwrap(), Some(Known::Decided(record)) if record.turn == 7));
-    assert_eq!(store.recall(&key, "bright", 9).await.unwrap().len(), 20);
+    assert_eq!(store.recall(&key, "bright", 99).await.unwrap().len(), 20);
     assert_eq!(store.turns(&key, 0, 99).await.unwrap().len(), 20);
     assert_eq!(decide(&*store, &key, loaded.head, &[None]).await.unwrap().turn, 21);
 }
