@@ -36,7 +36,6 @@ mod writer;
 #[cfg(feature = "faults")]
 use std::sync::atomic::AtomicU32;
 use std::{
-    fs::File,
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, PoisonError, RwLock,
@@ -54,6 +53,7 @@ use self::{
     memtable::Memtable,
     queue::{Queue, Refused},
     reader::{Readers, View},
+    schema::FolderLock,
     writer::{Job, Shared, Writer as WriterThread},
 };
 use super::{
@@ -111,7 +111,7 @@ struct Threads {
     writer: JoinHandle<()>,
     others: Vec<JoinHandle<()>>,
     /// Held as long as any thread may touch the files.
-    lock: File,
+    lock: FolderLock,
 }
 
 impl SqliteStore {

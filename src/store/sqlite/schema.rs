@@ -46,11 +46,25 @@ impl From<rusqlite::Error> for Error {
     }
 }
 
-/// Takes the data folder for this process; the lock lasts as long as the file is held.
+/// The data folder, taken for this process. Given back when dropped.
+#[derive(Debug)]
+pub(super) struct FolderLock(File);
+
+impl Drop for FolderLock {
+    /// Gives the lock itself back. Closing the file is not enough: a child process that was forked and has not yet reached
+    /// its `exec` holds a copy of the descriptor, and the lock lives as long as the last copy.
+    fn drop(&mut self) {
+        if let Err(error) = self.0.unlock() {
+            tracing::warn!(%error, "the lock of the data folder was not given back");
+        }
+    }
+}
+
+/// Takes the data folder for this process.
 ///
 /// # Errors
 /// [`Error::Locked`] when another process has it, [`Error::Backend`] when the folder cannot be used.
-pub(super) fn lock(folder: &Path) -> Result<File, Error> {
+pub(super) fn lock(folder: &Path) -> Result<FolderLock, Error> {
     let failed = |what: &str, e: &dyn std::fmt::Display| Error::Backend(format!("{what} {}: {e}", folder.display()));
     std::fs::create_dir_all(folder).map_err(|e| failed("cannot make the data folder", &e))?;
     let path = folder.join(LOCK);
@@ -73,7 +87,7 @@ pub(super) fn lock(folder: &Path) -> Result<File, Error> {
     }
     // Who holds it is told to whoever comes second; when it cannot be written, the lock holds all the same.
     let _ = file.set_len(0).and_then(|()| file.rewind()).and_then(|()| write!(file, "{}", std::process::id()));
-    Ok(file)
+    Ok(FolderLock(file))
 }
 
 fn settings(db: &Connection, config: &config::Store) -> Result<(), rusqlite::Error> {
@@ -135,4 +149,21 @@ pub(super) fn migrate(db: &mut Connection) -> Result<(), Error> {
         }
     }
     runner.run(db).map(drop).map_err(|e| Error::Backend(format!("the schema could not be brought up to date: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copied_descriptor_does_not_keep_the_folder() {
+        let folder = tempfile::tempdir().unwrap();
+        let held = lock(folder.path()).unwrap();
+        assert!(matches!(lock(folder.path()), Err(Error::Locked(_))));
+        // What a child between its fork and its exec has.
+        let copy = held.0.try_clone().unwrap();
+        drop(held);
+        drop(lock(folder.path()).unwrap());
+        drop(copy);
+    }
 }
