@@ -1,7 +1,8 @@
 //! The store in memory: complete and ordered like the durable ones, gone with the process.
 //!
 //! Owns: [`MemoryStore`] for tests, simulation and `store.backend = "memory"`, and [`Faults`], with which a test makes
-//! commits fail, wait or vanish. Not here: durability.
+//! commits fail, wait or vanish. Several nodes of one process may share it: then it fences, and time is its clock's.
+//! Not here: durability.
 //! Invariants: units are applied one at a time in the order of submission; their ends are told in that order, while no lock
 //! of the store is held, on the thread that submitted or released them.
 //! Tests: `tests/it/store_contract.rs`.
@@ -19,11 +20,16 @@ use tokio::sync::Notify;
 
 use super::{
     Committed, DeadLetter, Done, Episode, Error, Head, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing, Pending,
-    Reader, Rejection, Shipping, Stats, Store, Unit, Work, Writer, check, rank, replay,
+    Reader, Rejection, Shipping, Stats, Store, Unit, Work, Writer, check, ownership::Rows, rank, replay,
 };
-use crate::types::{
-    InstanceId, InstanceKey, Millis, Profile, StateSnapshot, Stimulus, StimulusId, TenantId, TurnRecord,
+use crate::{
+    runtime::clock::Clock,
+    types::{
+        InstanceId, InstanceKey, Millis, NodeId, Profile, StateSnapshot, Stimulus, StimulusId, TenantId, TurnRecord,
+    },
 };
+
+mod ownership;
 
 /// Most units that wait while commits are held.
 const DEFAULT_QUEUE: usize = 65_536;
@@ -35,6 +41,7 @@ pub struct MemoryStore(Arc<Inner>);
 struct Inner {
     dedupe: bool,
     max_queue: usize,
+    clock: Clock,
     work: Mutex<WorkQueue>,
     data: Mutex<Data>,
     hint: Arc<Notify>,
@@ -53,6 +60,7 @@ struct WorkQueue {
     failing: Option<(usize, Error)>,
     dropping: usize,
     failing_reads: Option<(usize, Error)>,
+    fence_off: bool,
 }
 
 enum Job {
@@ -80,9 +88,15 @@ impl MemoryStore {
 
     /// An empty store that recognises repeats or not, and refuses when more than `max_queue` units wait.
     pub fn with(dedupe: bool, max_queue: usize) -> Self {
+        Self::with_clock(dedupe, max_queue, Clock::System)
+    }
+
+    /// As [`MemoryStore::with`], by whose clock leases run and end.
+    pub fn with_clock(dedupe: bool, max_queue: usize, clock: Clock) -> Self {
         Self(Arc::new(Inner {
             dedupe,
             max_queue,
+            clock,
             work: Mutex::default(),
             data: Mutex::new(Data { next: 1, ..Data::default() }),
             hint: Arc::default(),
@@ -159,24 +173,26 @@ impl MemoryStore {
             let failure = take_failure(&mut work.failing);
             let dropped = work.dropping > 0;
             work.dropping = work.dropping.saturating_sub(1);
+            let fenced = !work.fence_off;
             drop(work);
             if dropped {
                 drop(job);
             } else {
-                self.end(job, failure);
+                self.end(job, failure, fenced);
             }
             work = self.work();
             work.busy = false;
         }
     }
 
-    fn end(&self, job: Job, failure: Option<Error>) {
+    fn end(&self, job: Job, failure: Option<Error>, fenced: bool) {
         if let Some(error) = failure {
             return job.into_done().tell(Err(Rejection::Failed(error)));
         }
         let mut data = self.data();
         let quiet = data.outgoing.len();
         let (done, end) = match job {
+            Job::Unit(unit) if fenced && !data.cluster.admits(unit.fence) => (unit.done, Err(Rejection::Fenced)),
             Job::Unit(unit) => (unit.done, data.apply(&unit.key, unit.work, self.0.dedupe)),
             Job::Ship(writes, done) => {
                 writes.into_iter().for_each(|write| data.ship(write));
@@ -254,6 +270,16 @@ impl Faults {
         self.0.pump();
     }
 
+    /// Stale fences are accepted from here on, or refused again: the negative control of tests that count owners.
+    pub fn fence_off(&self, off: bool) {
+        self.0.work().fence_off = off;
+    }
+
+    /// A node's process is known to be gone, or (`alive`) its session stands again.
+    pub fn set_alive(&self, node: &NodeId, alive: bool) {
+        self.0.data().cluster.set_alive(node, alive);
+    }
+
     /// Commits that wait at present.
     pub fn waiting(&self) -> usize {
         self.0.work().jobs.len()
@@ -267,6 +293,7 @@ type MqttKey = (TenantId, String);
 
 #[derive(Default)]
 struct Data {
+    cluster: Rows,
     instances: BTreeMap<InstanceKey, Instance>,
     outgoing: BTreeMap<i64, (InstanceKey, Arc<TurnRecord>)>,
     /// Position of the next turn.

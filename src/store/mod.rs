@@ -24,6 +24,7 @@ use crate::types::{
 mod check;
 mod links;
 pub mod memory;
+pub mod ownership;
 mod rank;
 mod replay;
 pub mod sqlite;
@@ -93,7 +94,7 @@ impl Fault for Error {
     }
 }
 
-/// The right under which a unit is written. The single-node backends accept every fence.
+/// The right under which a unit is written. SQLite, which one process uses alone, accepts every fence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Fence {
     /// The shard.

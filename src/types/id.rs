@@ -134,6 +134,25 @@ text_id!(
     /// Where within an instance a stimulus arrives or a publish leaves: levels parted by `/`, as in an MQTT topic.
     Channel, check_channel
 );
+text_id!(
+    /// One life of a node: its name and a number of its own for each start, so that a restarted node is a new one.
+    NodeId, check_id
+);
+
+impl NodeId {
+    /// A new life of the node with this name. What an id cannot hold becomes `-`; ids of later lives are greater.
+    pub fn generate(name: &str) -> Self {
+        let plain = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '_' | '~' | '-' | '.') { c } else { '-' };
+        let name: String = name.chars().map(plain).take(MAX_ID_BYTES - 33).collect();
+        let name = if name.is_empty() { "node" } else { &name };
+        Self(format!("{name}.{}", uuid::Uuid::now_v7().simple()).into())
+    }
+
+    /// The node's name.
+    pub fn name(&self) -> &str {
+        self.0.rsplit_once('.').map_or(&self.0, |(name, _)| name)
+    }
+}
 
 impl StimulusId {
     /// A new id in time order, for a stimulus whose sender did not choose one.
@@ -204,6 +223,16 @@ mod tests {
         assert!(Channel::new("room/temperature").is_ok());
         for bad in ["", "/a", "a/", "a//b", "a/+", "#", "a\u{0}b"] {
             assert_eq!(Channel::new(bad), Err(IdError::Channel), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn each_life_of_a_node_has_an_id_of_its_own() {
+        let (one, other) = (NodeId::generate("a.b c"), NodeId::generate("a.b c"));
+        assert!(one < other && one.name() == "a.b-c", "{one} {other}");
+        for name in ["", &"é".repeat(MAX_ID_BYTES)] {
+            let id = NodeId::generate(name);
+            assert_eq!(NodeId::new(id.as_str()), Ok(id));
         }
     }
 

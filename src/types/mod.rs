@@ -9,6 +9,7 @@ pub mod error;
 pub mod id;
 pub mod json;
 pub mod limits;
+pub mod node;
 pub mod profile;
 pub mod state;
 pub mod stimulus;
@@ -18,8 +19,9 @@ pub mod words;
 
 pub use auth::{AuthContext, Principal, Scope};
 pub use error::{Fault, Kind};
-pub use id::{Channel, InstanceId, InstanceKey, StimulusId, TenantId};
+pub use id::{Channel, InstanceId, InstanceKey, NodeId, StimulusId, TenantId};
 pub use json::RawJson;
+pub use node::{Load, Protocol, Role, Roles};
 pub use profile::{Profile, RuleSpec};
 pub use state::{StateDoc, StateSnapshot};
 pub use stimulus::{Priority, ReplyTo, Source, Stimulus};

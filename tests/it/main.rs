@@ -18,6 +18,7 @@ mod load;
 mod mqtt;
 mod mqtt_external;
 mod overload;
+mod ownership_contract;
 mod panic;
 mod store_contract;
 mod store_model;
