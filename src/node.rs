@@ -284,9 +284,8 @@ impl Node {
             let _ = tokio::time::timeout(left(), broker.idle()).await;
         }
         self.router.drain();
-        let busy = self.router.environment().busy.clone();
-        if tokio::time::timeout(left(), busy.none()).await.is_err() {
-            tracing::warn!(instances = busy.count(), "work in hand is left for the next start");
+        if tokio::time::timeout(left(), self.router.idle()).await.is_err() {
+            tracing::warn!(instances = self.router.busy(), "work in hand is left for the next start");
         }
         self.courier.finish(left().max(Duration::from_millis(200))).await;
         if let Door::External(link) = &self.door {

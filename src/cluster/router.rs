@@ -63,7 +63,10 @@ impl Router {
         shards: u32,
         arbiters: Vec<ArbiterHandle>,
     ) -> Result<Self, Error> {
-        let shards = Shards::start(environment.clone(), shards, arbiters).await?;
+        let shards = Shards::new(environment.clone(), shards, arbiters);
+        for shard in 0..shards.count() {
+            shards.open(shard, 0, None).await?;
+        }
         Ok(Self(Arc::new(Inner { environment, shards, draining: AtomicBool::new(false) })))
     }
 
@@ -224,6 +227,16 @@ impl Router {
         self.0.draining.load(Ordering::Acquire)
     }
 
+    /// Returns when no instance has work in hand, provided that nothing new comes. Cancel safe.
+    pub async fn idle(&self) {
+        self.0.shards.idle().await;
+    }
+
+    /// Instances with work in hand.
+    pub fn busy(&self) -> usize {
+        self.0.shards.busy()
+    }
+
     /// Watches of instances.
     pub fn hub(&self) -> &Hub {
         &self.0.environment.hub
@@ -257,6 +270,8 @@ impl Router {
     }
 
     fn tell(&self, key: &InstanceKey, what: What) {
-        self.0.shards.tell(key, what);
+        if let Err(what) = self.0.shards.tell(key, what) {
+            what.refuse(Error::Fenced);
+        }
     }
 }

@@ -19,10 +19,10 @@ use crate::{
         Error,
         actor::{InstanceActor, message},
         environment::Environment,
-        inbox::Waiter,
+        inbox::{Waiter, Waiting},
+        tenure::Tenure,
         turn::Mind,
     },
-    store::Fence,
     types::{InstanceKey, Stimulus, StimulusId},
 };
 
@@ -47,7 +47,7 @@ struct Resident {
 /// One shard.
 pub struct ShardActor {
     environment: Arc<Environment>,
-    fence: Fence,
+    tenure: Arc<Tenure>,
     residents: IndexMap<InstanceKey, Resident, ahash::RandomState>,
     /// Seconds since the shard began, coarse.
     tick: u32,
@@ -57,8 +57,8 @@ pub struct ShardActor {
 
 impl ShardActor {
     /// A shard without residents.
-    pub fn new(environment: Arc<Environment>, fence: Fence) -> Self {
-        Self { environment, fence, residents: IndexMap::default(), tick: 0, born: Instant::now(), sweep_from: 0 }
+    pub fn new(environment: Arc<Environment>, tenure: Arc<Tenure>) -> Self {
+        Self { environment, tenure, residents: IndexMap::default(), tick: 0, born: Instant::now(), sweep_from: 0 }
     }
 
     /// The instance, made resident if it is not; `None` when the node has no room.
@@ -69,7 +69,7 @@ impl ShardActor {
             self.make_room(ctx)?;
             self.environment.active.fetch_add(1, Ordering::AcqRel);
             self.environment.metrics.active.increment(1.0);
-            let instance = InstanceActor::new(self.environment.clone(), key.clone(), self.fence);
+            let instance = InstanceActor::new(self.environment.clone(), key.clone(), self.tenure.clone());
             let resident = Resident { address: instance.start(), used: tick, packed: false };
             self.residents.insert(key.clone(), resident);
         }
@@ -141,6 +141,8 @@ fn ask_to_leave(shard: Addr<ShardActor>, key: InstanceKey, address: Addr<Instanc
     });
 }
 
+/// How long a shard that is over still hands over what was on its way to it.
+const LINGER: Duration = Duration::from_secs(5);
 /// A resident unused for so many ticks keeps its state as text.
 const PACK_AFTER: u32 = 2;
 
@@ -190,6 +192,9 @@ impl Handler<To> for ShardActor {
         if let What::Observe(answer) = what {
             return self.observe(&key, answer);
         }
+        if self.tenure.is_over() {
+            return self.hand_over(&key, what);
+        }
         let Some(address) = self.resident(&key, ctx) else {
             return what.refuse(Error::Overloaded("it holds as many instances as it may"));
         };
@@ -235,7 +240,57 @@ impl What {
     }
 }
 
+/// Finish what has arrived, take nothing more. Answered when every resident has taken what was sent to it; what they
+/// have in hand then is counted by the tenure.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Settle;
+
+impl Handler<Settle> for ShardActor {
+    type Result = ResponseFuture<()>;
+
+    fn handle(&mut self, _: Settle, _: &mut Context<Self>) -> Self::Result {
+        // A mailbox is in order: whoever answers this has taken everything before it.
+        let observed = self.residents.values().map(|resident| resident.address.send(message::Observe { pack: false }));
+        let observed = futures_util::future::join_all(observed.collect::<Vec<_>>());
+        Box::pin(async move { drop(observed.await) })
+    }
+}
+
+/// The tenure is over: residents hand over what they have, and the shard ends.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct End;
+
+impl Handler<End> for ShardActor {
+    type Result = ();
+
+    fn handle(&mut self, _: End, ctx: &mut Context<Self>) {
+        self.tenure.end();
+        for (_, resident) in self.residents.drain(..) {
+            // A resident whose mailbox is full learns it from its next commit.
+            drop(resident.address.try_send(message::Fence));
+        }
+        // Not at once: what stands in the mailbox of a shard that is over is handed over, too.
+        ctx.run_later(LINGER, |_, ctx| ctx.stop());
+    }
+}
+
 impl ShardActor {
+    /// What this node may no longer do.
+    fn hand_over(&self, key: &InstanceKey, what: What) {
+        match what {
+            What::Deliver(stimulus, expected, waiter) => {
+                let waiting = Waiting::arrived(stimulus, expected, waiter);
+                if let Err(waiting) = self.tenure.hand_over(key, waiting) {
+                    let mut waiting = waiting;
+                    waiting.tell(&Err(Error::Fenced));
+                }
+            }
+            what => what.refuse(Error::Fenced),
+        }
+    }
+
     fn observe(&self, key: &InstanceKey, answer: oneshot::Sender<Option<message::Observed>>) {
         let Some(resident) = self.residents.get(key) else {
             let _ = answer.send(None);

@@ -1,18 +1,28 @@
-//! The table of shards: which actor, on which thread; read without a lock by everyone who has something for an instance.
+//! The table of shards this node has: which actor, on which thread, under which tenure; read without a lock by everyone who
+//! has something for an instance.
 //!
-//! Not here: what a shard does. Invariants: a shard that died is replaced on the arbiter it lived on, once.
+//! Not here: what a shard does (`shard`), who gets which (`membership`).
+//! Invariants: a shard that died is replaced on the arbiter it lived on, once, under the same tenure; a shard that is closed
+//! takes nothing new, finishes what it has, and only then is let go; two tenures of a shard never overlap on a node.
+//! Tests: `tests/it/turn.rs`, `tests/it/panic.rs`.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use actix::prelude::{Actor as _, Addr, SendError};
 pub use actix_rt::ArbiterHandle;
 use arc_swap::ArcSwap;
 use tokio::sync::oneshot;
 
-use super::shard::{ShardActor, To, What};
+use super::shard::{End, Settle, ShardActor, To, What};
 use crate::{
-    instance::{Error, environment::Environment},
-    store::Fence,
+    instance::{
+        Error,
+        environment::Environment,
+        tenure::{Elsewhere, Tenure},
+    },
     types::InstanceKey,
 };
 
@@ -22,73 +32,155 @@ pub struct Shards(Arc<Inner>);
 
 struct Inner {
     environment: Arc<Environment>,
-    table: ArcSwap<Vec<Addr<ShardActor>>>,
+    count: u32,
+    table: ArcSwap<Vec<Option<Here>>>,
     arbiters: Vec<ArbiterHandle>,
-    /// One at a time replaces a shard that died.
-    replacing: Mutex<()>,
+    /// One at a time changes the table.
+    changing: Mutex<()>,
+}
+
+/// A shard that lives here.
+#[derive(Clone)]
+struct Here {
+    address: Addr<ShardActor>,
+    tenure: Arc<Tenure>,
 }
 
 impl Shards {
-    /// Starts so many shards, pinned to arbiters: shard modulo arbiters.
+    /// A table of so many shards of which none is here.
+    pub fn new(environment: Arc<Environment>, count: u32, arbiters: Vec<ArbiterHandle>) -> Self {
+        let table = ArcSwap::from_pointee(vec![None; count as usize]);
+        Self(Arc::new(Inner { environment, count, table, arbiters, changing: Mutex::default() }))
+    }
+
+    /// How many shards there are, here or elsewhere.
+    pub fn count(&self) -> u32 {
+        self.0.count
+    }
+
+    /// The shard of an instance.
+    pub fn shard_of(&self, key: &InstanceKey) -> u32 {
+        (key.stable_hash() % u64::from(self.count()).max(1)) as u32
+    }
+
+    /// The epoch under which a shard is here.
+    pub fn epoch(&self, shard: u32) -> Option<u64> {
+        self.0.table.load().get(shard as usize)?.as_ref().map(|here| here.tenure.epoch)
+    }
+
+    /// The shards that are here.
+    pub fn here(&self) -> Vec<u32> {
+        let table = self.0.table.load();
+        (0..).zip(table.iter()).filter(|(_, here)| here.is_some()).map(|(shard, _)| shard).collect()
+    }
+
+    /// Opens a shard under an epoch, pinned to an arbiter: shard modulo arbiters.
     ///
     /// # Errors
-    /// [`Error::Overloaded`] when an arbiter does not answer.
-    pub async fn start(environment: Arc<Environment>, count: u32, arbiters: Vec<ArbiterHandle>) -> Result<Self, Error> {
-        let mut table = Vec::new();
-        for shard in 0..count {
-            table.push(start(&environment, &arbiters, shard).await?);
+    /// [`Error::Overloaded`] when the arbiter does not answer.
+    pub async fn open(&self, shard: u32, epoch: u64, elsewhere: Option<Arc<dyn Elsewhere>>) -> Result<(), Error> {
+        let dead = || Error::Overloaded("an arbiter does not answer");
+        let arbiter = self.arbiter(shard).ok_or_else(dead)?;
+        let tenure = Arc::new(Tenure::new(shard, epoch, elsewhere));
+        let (sender, address) = oneshot::channel();
+        let (environment, for_shard) = (self.0.environment.clone(), tenure.clone());
+        arbiter.spawn_fn(move || {
+            drop(sender.send(ShardActor::new(environment, for_shard).start()));
+        });
+        let address = address.await.map_err(|_| dead())?;
+        if let Some(old) = self.change(shard, Some(Here { address, tenure })) {
+            old.tenure.end();
+            drop(old.address.try_send(End));
         }
-        let table = ArcSwap::from_pointee(table);
-        Ok(Self(Arc::new(Inner { environment, table, arbiters, replacing: Mutex::default() })))
+        Ok(())
+    }
+
+    /// Closes a shard in good order: it takes nothing new, finishes what it has for at most so long, and hands over the rest.
+    /// Cancelling it leaves the shard closed to new work, and its tenure running.
+    pub async fn close(&self, shard: u32, patience: Duration) {
+        let Some(Here { address, tenure }) = self.change(shard, None) else { return };
+        let finished = async {
+            let _ = address.send(Settle).await;
+            tenure.busy.none().await;
+        };
+        if tokio::time::timeout(patience, finished).await.is_err() {
+            tracing::info!(shard, instances = tenure.busy.count(), "work in hand is left to the next owner");
+        }
+        tenure.end();
+        let _ = address.send(End).await;
+    }
+
+    /// Closes a shard at once: this node may not decide for it any more.
+    pub fn drop_now(&self, shard: u32) {
+        let Some(Here { address, tenure }) = self.change(shard, None) else { return };
+        tenure.end();
+        if address.try_send(End).is_err() {
+            tracing::warn!(shard, "a shard that is over is too busy to be told; its commits are refused");
+        }
+    }
+
+    /// Returns when no shard here has work in hand, provided that nothing new comes. Cancel safe.
+    pub async fn idle(&self) {
+        let table = self.0.table.load_full();
+        for here in table.iter().flatten() {
+            let _ = here.address.send(Settle).await;
+            here.tenure.busy.none().await;
+        }
+    }
+
+    /// Instances with work in hand.
+    pub fn busy(&self) -> usize {
+        self.0.table.load().iter().flatten().map(|here| here.tenure.busy.count()).sum()
     }
 
     /// Tells an instance something. What cannot be taken is answered with the reason, at once.
-    pub fn tell(&self, key: &InstanceKey, what: What) {
+    ///
+    /// # Errors
+    /// What was to be told, when the shard is not here.
+    #[allow(clippy::result_large_err)] // it comes back only where it goes on to another node
+    pub fn tell(&self, key: &InstanceKey, what: What) -> Result<(), What> {
         let table = self.0.table.load();
-        let shard = (key.stable_hash() % table.len() as u64) as usize;
-        match table[shard].try_send(To { key: key.clone(), what }) {
+        let shard = self.shard_of(key);
+        let Some(here) = table.get(shard as usize).and_then(Option::as_ref) else { return Err(what) };
+        match here.address.try_send(To { key: key.clone(), what }) {
             Ok(()) => {}
             Err(SendError::Full(to)) => to.what.refuse(Error::Overloaded("the shard's mailbox is full")),
             Err(SendError::Closed(to)) => {
                 tracing::error!(shard, "a shard died and is replaced");
                 to.what.refuse(Error::Overloaded("its shard restarts"));
-                let (shards, dead) = (self.clone(), table[shard].clone());
-                if let Some(arbiter) = self.0.arbiters.get(shard % self.0.arbiters.len().max(1)) {
+                let (shards, dead) = (self.clone(), here.clone());
+                if let Some(arbiter) = self.arbiter(shard) {
                     arbiter.spawn(async move { shards.replace(shard, &dead) });
                 }
             }
         }
+        Ok(())
+    }
+
+    fn arbiter(&self, shard: u32) -> Option<&ArbiterHandle> {
+        self.0.arbiters.get(shard as usize % self.0.arbiters.len().max(1))
+    }
+
+    /// Puts something else in a shard's place; what stood there.
+    fn change(&self, shard: u32, next: Option<Here>) -> Option<Here> {
+        let _one = self.0.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = (**self.0.table.load()).clone();
+        let old = std::mem::replace(table.get_mut(shard as usize)?, next);
+        self.0.table.store(Arc::new(table));
+        old
     }
 
     /// Runs on the shard's arbiter.
-    fn replace(&self, shard: usize, dead: &Addr<ShardActor>) {
-        let _one = self.0.replacing.lock().unwrap_or_else(PoisonError::into_inner);
-        let table = self.0.table.load();
-        if table[shard] != *dead {
+    fn replace(&self, shard: u32, dead: &Here) {
+        let _one = self.0.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut table = (**self.0.table.load()).clone();
+        let Some(place) = table.get_mut(shard as usize) else { return };
+        if place.as_ref().is_none_or(|here| here.address != dead.address) {
             return;
         }
-        let mut next = (**table).clone();
-        next[shard] = ShardActor::new(self.0.environment.clone(), fence(shard as u32)).start();
-        self.0.table.store(Arc::new(next));
+        let tenure = dead.tenure.clone();
+        let address = ShardActor::new(self.0.environment.clone(), tenure.clone()).start();
+        *place = Some(Here { address, tenure });
+        self.0.table.store(Arc::new(table));
     }
-}
-
-/// On one node every shard is owned in the first epoch.
-const fn fence(shard: u32) -> Fence {
-    Fence { shard, epoch: 0 }
-}
-
-async fn start(
-    environment: &Arc<Environment>,
-    arbiters: &[ArbiterHandle],
-    shard: u32,
-) -> Result<Addr<ShardActor>, Error> {
-    let dead = || Error::Overloaded("an arbiter does not answer");
-    let arbiter = arbiters.get(shard as usize % arbiters.len().max(1)).ok_or_else(dead)?;
-    let (sender, address) = oneshot::channel();
-    let environment = environment.clone();
-    arbiter.spawn_fn(move || {
-        drop(sender.send(ShardActor::new(environment, fence(shard)).start()));
-    });
-    address.await.map_err(|_| dead())
 }

@@ -1,14 +1,9 @@
 //! What all instances of a node share: store, clock, engines, limits, figures. Handed in once, by `node`.
 
 use std::{
-    sync::{
-        Arc, Mutex, PoisonError, Weak,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError, Weak, atomic::AtomicUsize},
     time::Duration,
 };
-
-use tokio::sync::Notify;
 
 use super::{Error, events::Hub, turn::Mind};
 use crate::{
@@ -41,8 +36,6 @@ pub struct Environment {
     pub max_inbox: usize,
     /// Longest thinking for one turn.
     pub think: Duration,
-    /// Instances with work in hand.
-    pub busy: Busy,
     /// Instances in memory.
     pub active: AtomicUsize,
     /// Most instances in memory.
@@ -74,59 +67,12 @@ impl Environment {
             twin: config.mqtt.mode != MqttMode::Off,
             max_inbox: config.instances.max_inbox,
             think: Duration::from_secs(config.cognition.think_seconds),
-            busy: Busy::default(),
             active: AtomicUsize::new(0),
             max_active: config.scaling.max_consciousness_instances,
             idle: Duration::from_secs(config.instances.idle_passivate_seconds),
             metrics: Metrics::default(),
             faults: Faults::of(&config.faults),
         })
-    }
-}
-
-/// Counts instances with work in hand, so that a drain can wait for them.
-#[derive(Debug, Clone, Default)]
-pub struct Busy(Arc<BusyInner>);
-
-#[derive(Debug, Default)]
-struct BusyInner {
-    count: AtomicUsize,
-    none: Notify,
-}
-
-impl Busy {
-    /// One more, until the token is dropped.
-    pub fn enter(&self) -> BusyToken {
-        self.0.count.fetch_add(1, Ordering::AcqRel);
-        BusyToken(self.clone())
-    }
-
-    /// How many.
-    pub fn count(&self) -> usize {
-        self.0.count.load(Ordering::Acquire)
-    }
-
-    /// Returns when there is none. Cancel safe.
-    pub async fn none(&self) {
-        loop {
-            let notified = self.0.none.notified();
-            if self.count() == 0 {
-                return;
-            }
-            notified.await;
-        }
-    }
-}
-
-/// Work in hand.
-#[derive(Debug)]
-pub struct BusyToken(Busy);
-
-impl Drop for BusyToken {
-    fn drop(&mut self) {
-        if self.0.0.count.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.0.0.none.notify_waiters();
-        }
     }
 }
 

@@ -96,6 +96,18 @@ pub struct Waiting {
 }
 
 impl Waiting {
+    /// One that just arrived.
+    pub fn arrived(stimulus: Stimulus, expected: Option<u64>, waiter: Waiter) -> Self {
+        Self {
+            stimulus: Arc::new(stimulus),
+            accepted: false,
+            tries: 0,
+            expected,
+            waiters: vec![waiter],
+            since: std::time::Instant::now(),
+        }
+    }
+
     /// One that stands in the store's inbox and that nobody waits for.
     pub fn accepted(stimulus: Arc<Stimulus>) -> Self {
         Self {

@@ -17,6 +17,7 @@ pub mod actor;
 pub mod environment;
 pub mod events;
 pub mod inbox;
+pub mod tenure;
 pub mod turn;
 
 /// What became of a delivered stimulus.

@@ -1,3 +1,4 @@
 //! Policies and shared mechanisms of scale.
 
 pub mod cache;
+pub mod load_balancer;

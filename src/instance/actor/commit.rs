@@ -20,9 +20,12 @@ type Ended = Result<Committed, Rejection>;
 
 impl InstanceActor {
     pub(super) fn submit(&mut self, work: Work, out: Out, ctx: &mut Context<Self>) {
-        let (done, end) = Done::channel();
         self.agenda().out = Some(out);
-        self.environment.store.submit(Unit { key: self.key.clone(), fence: self.fence, work, done });
+        if self.tenure.is_over() {
+            return self.committed(Err(Rejection::Fenced), ctx);
+        }
+        let (done, end) = Done::channel();
+        self.environment.store.submit(Unit { key: self.key.clone(), fence: self.tenure.fence(), work, done });
         ctx.spawn(end.into_actor(self).map(|end, actor, ctx| {
             let end = end.unwrap_or(Err(Rejection::Failed(crate::store::Error::Closed)));
             actor.committed(end, ctx);
@@ -82,9 +85,9 @@ impl InstanceActor {
         match end {
             Ok(committed) => self.settle(out, committed, ctx),
             Err(Rejection::Fenced) => {
-                self.become_(Phase::Fenced);
-                self.give_back(out, &Error::Fenced);
-                self.go_on(ctx);
+                self.put_back(out);
+                self.tenure.lose();
+                self.fence(ctx);
             }
             Err(Rejection::Duplicate { index, known }) => self.repeated(out, index, known, ctx),
             Err(Rejection::NotFound) => {
@@ -207,6 +210,30 @@ impl InstanceActor {
                 self.go_on(ctx);
             }
             Out::Bury(..) | Out::Control(_) => self.go_on(ctx),
+        }
+    }
+
+    /// Nothing of a unit was written, and nobody is to be told: its stimuli wait again, in their order.
+    fn put_back(&mut self, out: Out) {
+        match out {
+            Out::Turns(decided) => {
+                decided.into_iter().rev().for_each(|(waiting, _)| self.agenda().inbox.put_back(waiting));
+            }
+            Out::Bury(waiting, _) => self.agenda().inbox.put_back(*waiting),
+            Out::Control(control) => self.agenda().controls.push_front(control),
+            Out::Accept(_) => {}
+        }
+    }
+
+    /// From here on the instance decides nothing: another node has its shard, or will have it.
+    pub(super) fn fence(&mut self, ctx: &mut Context<Self>) {
+        if let Some(thinking) = self.agenda.as_mut().and_then(|agenda| agenda.thinking.as_mut()) {
+            ctx.cancel_future(thinking.handle);
+            self.environment.hub.end_draft(&self.key);
+        }
+        self.become_(Phase::Fenced);
+        if self.agenda.as_ref().is_none_or(|agenda| agenda.out.is_none()) {
+            self.go_on(ctx);
         }
     }
 

@@ -1,6 +1,6 @@
 //! What an instance can be told, and how it takes it.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use actix::prelude::*;
 use tokio::sync::oneshot;
@@ -54,14 +54,7 @@ impl Handler<Deliver> for InstanceActor {
         if agenda.inbox.len() >= limit {
             return waiter.tell(Err(Error::InboxFull(limit)));
         }
-        agenda.inbox.push(Waiting {
-            stimulus: Arc::new(stimulus),
-            accepted: false,
-            tries: 0,
-            expected,
-            waiters: vec![waiter],
-            since: Instant::now(),
-        });
+        agenda.inbox.push(Waiting::arrived(stimulus, expected, waiter));
         self.ensure_active(ctx);
     }
 }
@@ -98,6 +91,11 @@ pub struct Revive {
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Wake;
+
+/// The tenure is over: decide nothing more, hand over what waits.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Fence;
 
 /// How much waits; `None` while the instance must not leave memory.
 #[derive(Message)]
@@ -153,6 +151,13 @@ impl Handler<Wake> for InstanceActor {
     type Result = ();
     fn handle(&mut self, _: Wake, ctx: &mut Context<Self>) {
         self.ensure_active(ctx);
+    }
+}
+
+impl Handler<Fence> for InstanceActor {
+    type Result = ();
+    fn handle(&mut self, _: Fence, ctx: &mut Context<Self>) {
+        self.fence(ctx);
     }
 }
 

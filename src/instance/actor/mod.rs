@@ -22,13 +22,14 @@ use tokio::sync::oneshot;
 use self::think::Failure;
 use super::{
     Error,
-    environment::{BusyToken, Environment},
+    environment::Environment,
     inbox::{Inbox, Waiting},
+    tenure::{BusyToken, Tenure},
     turn::{self, Author, Judgement, Mind, Standing},
 };
 use crate::{
     cognition::{Action, Facts, Thought},
-    store::{DeadLetter, Fence, Head, Loaded},
+    store::{DeadLetter, Head, Loaded},
     types::{InstanceKey, RawJson, StateDoc, StimulusId, TurnRecord, limits::MAX_TURNS_PER_COMMIT},
 };
 
@@ -52,7 +53,8 @@ impl Phase {
             (self, next),
             (Phase::Cold, Phase::Activating)
                 | (Phase::Activating, Phase::Active | Phase::Cold)
-                | (Phase::Active, Phase::Cold | Phase::Fenced)
+                | (Phase::Active, Phase::Cold)
+                | (_, Phase::Fenced)
         )
     }
 }
@@ -119,7 +121,7 @@ enum Stop {
 pub struct InstanceActor {
     environment: Arc<Environment>,
     key: InstanceKey,
-    fence: Fence,
+    tenure: Arc<Tenure>,
     phase: Phase,
     exists: bool,
     /// Its own mind; the node's default one when absent.
@@ -133,11 +135,11 @@ pub struct InstanceActor {
 
 impl InstanceActor {
     /// A cold instance; it loads itself when the first message arrives.
-    pub fn new(environment: Arc<Environment>, key: InstanceKey, fence: Fence) -> Self {
+    pub fn new(environment: Arc<Environment>, key: InstanceKey, tenure: Arc<Tenure>) -> Self {
         Self {
             environment,
             key,
-            fence,
+            tenure,
             phase: Phase::Cold,
             exists: false,
             mind: None,
@@ -165,7 +167,7 @@ impl InstanceActor {
     }
 
     fn agenda(&mut self) -> &mut Agenda {
-        let busy = &self.environment.busy;
+        let busy = &self.tenure.busy;
         self.agenda.get_or_insert_with(|| {
             Box::new(Agenda {
                 inbox: Inbox::default(),
@@ -199,6 +201,9 @@ impl InstanceActor {
         let store = self.environment.store.clone();
         let key = self.key.clone();
         ctx.spawn(async move { store.load(&key).await }.into_actor(self).map(|loaded, actor, ctx| {
+            if actor.phase == Phase::Fenced {
+                return actor.go_on(ctx);
+            }
             match loaded.map_err(Error::from).and_then(|loaded| actor.take_over(loaded)) {
                 Ok(()) => {
                     actor.become_(Phase::Active);
@@ -235,6 +240,9 @@ impl InstanceActor {
 
     /// Loads the last commit again: after a refused unit the memory has run ahead of it.
     fn reload(&mut self, ctx: &mut Context<Self>) {
+        if self.phase == Phase::Fenced {
+            return self.go_on(ctx);
+        }
         self.become_(Phase::Cold);
         self.ensure_active(ctx);
     }
@@ -253,11 +261,31 @@ impl InstanceActor {
         }
     }
 
+    /// This node may not decide any more: what waits goes to the node that may, in its order.
+    fn hand_over_all(&mut self) {
+        let Some(mut agenda) = self.agenda.take() else { return };
+        if let Some(thinking) = agenda.thinking.take() {
+            self.hand_over(thinking.waiting);
+        }
+        while let Some(waiting) = agenda.inbox.pop() {
+            self.hand_over(waiting);
+        }
+        for control in agenda.controls {
+            control.refuse(Error::Fenced);
+        }
+    }
+
+    fn hand_over(&self, waiting: Waiting) {
+        if let Err(mut waiting) = self.tenure.hand_over(&self.key, waiting) {
+            waiting.tell(&Err(Error::Fenced));
+        }
+    }
+
     // The loop: one thing after the other, until something has to be waited for.
 
     fn go_on(&mut self, ctx: &mut Context<Self>) {
         if self.phase == Phase::Fenced {
-            return self.refuse_all(&Error::Fenced);
+            return self.hand_over_all();
         }
         let Some(agenda) = self.agenda.as_deref_mut().filter(|_| self.phase == Phase::Active) else { return };
         if agenda.out.is_some() {
