@@ -219,6 +219,13 @@ pub trait Ownership: Send + Sync + 'static {
     /// [`Error::Store`].
     async fn release(&self, node: &NodeId, fences: &[Fence]) -> Result<(), Error>;
 
+    /// Asks a member to give everything away and take nothing more, as an operator would: it sees so in its row. Not taken back
+    /// in this life of the node. Whether there is such a member.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    async fn drain(&self, node: &NodeId) -> Result<bool, Error>;
+
     /// Ends the membership and gives up what the node still owns.
     ///
     /// # Errors
@@ -292,7 +299,7 @@ impl Rows {
         let member = self.member(node, now)?;
         member.until = later(now, renewal.lease);
         member.row.load = renewal.load;
-        member.row.draining = renewal.draining;
+        member.row.draining |= renewal.draining;
         Ok(self.view(now))
     }
 
@@ -337,6 +344,12 @@ impl Rows {
                 row.node = None;
             }
         }
+    }
+
+    /// As [`Ownership::drain`].
+    pub fn drain(&mut self, node: &NodeId) -> bool {
+        let member = self.nodes.iter_mut().find(|member| member.row.node == *node);
+        member.map(|member| member.row.draining = true).is_some()
     }
 
     /// As [`Ownership::leave`].
@@ -411,6 +424,9 @@ impl Ownership for Alone {
     async fn release(&self, node: &NodeId, fences: &[Fence]) -> Result<(), Error> {
         self.rows().release(node, fences);
         Ok(())
+    }
+    async fn drain(&self, node: &NodeId) -> Result<bool, Error> {
+        Ok(self.rows().drain(node))
     }
     async fn leave(&self, node: &NodeId) -> Result<(), Error> {
         self.rows().leave(node);

@@ -164,7 +164,7 @@ async fn renewal_keeps_a_lease_and_tells_what_changed(subject: Subject) {
     assert_eq!((view.nodes[0].load, view.nodes[0].draining), (load, true));
     subject.pass_a_lease().await;
     let view = subject.ownership.renew(&node, renewal()).await.unwrap();
-    assert!(view.nodes[0].holds() && !view.nodes[0].draining);
+    assert!(view.nodes[0].holds() && view.nodes[0].draining, "a drain is not taken back");
 }
 
 async fn a_lease_that_is_over_is_over(subject: Subject) {
@@ -234,6 +234,14 @@ async fn who_leaves_leaves_nothing(subject: Subject) {
     assert_eq!([0, 1].map(|shard| owner(&view, shard)), [(None, 1), (None, 1)]);
     assert!(matches!(subject.ownership.renew(&one, renewal()).await, Err(Error::Lost)));
     subject.ownership.leave(&one).await.unwrap();
+}
+
+async fn a_drain_is_seen_by_the_node_and_not_taken_back(subject: Subject) {
+    let one = join(&subject, "a").await;
+    assert!(subject.ownership.drain(&one).await.unwrap());
+    assert!(!subject.ownership.drain(&NodeId::generate("nobody")).await.unwrap());
+    let view = subject.ownership.renew(&one, Renewal { draining: false, ..renewal() }).await.unwrap();
+    assert!(view.nodes[0].draining);
 }
 
 async fn a_stale_owner_writes_nothing(subject: Subject) {

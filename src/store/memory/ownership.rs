@@ -40,6 +40,10 @@ impl Ownership for MemoryStore {
         Ok(())
     }
 
+    async fn drain(&self, node: &NodeId) -> Result<bool, Error> {
+        Ok(self.read()?.cluster.drain(node))
+    }
+
     async fn leave(&self, node: &NodeId) -> Result<(), Error> {
         self.read()?.cluster.leave(node);
         Ok(())
