@@ -238,6 +238,7 @@ impl Node {
         };
         let courier = Courier::start(crate::delivery::Parts {
             store: store.clone(),
+            scope: store::Scope::all(),
             publisher,
             acceptor: Arc::new(Local(router.clone())),
             config: config.delivery.clone(),

@@ -25,7 +25,7 @@ use crate::{
         inbox::{Line, Waiter},
         turn::PATCH_CHANNEL,
     },
-    store::Store,
+    store::{Scope, Store},
     types::{InstanceKey, Profile, StateSnapshot, Stimulus, StimulusId},
 };
 
@@ -205,7 +205,7 @@ impl Router {
         let mut woken = 0;
         let mut after = None;
         loop {
-            let page = self.0.environment.store.waiting(after.as_ref(), SCAN_PAGE).await?;
+            let page = self.0.environment.store.waiting(&Scope::all(), after.as_ref(), SCAN_PAGE).await?;
             for key in &page {
                 self.tell(key, What::Wake);
             }

@@ -6,6 +6,7 @@
 //! - [`Shipping::Shipped`] is written together with, or after, every row of an effect it passes.
 //! - What is due is not read while a write is under way, so a row that was just settled is not seen again.
 //! - A call has a deadline; a panic in a port is a failed try.
+//! - Of a feed that is no longer followed nothing is written that was not on its way.
 //!
 //! Tests: `tests/it/delivery.rs`.
 
@@ -18,20 +19,23 @@ use std::{
 };
 
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::{
+    sync::watch,
+    time::{Instant, MissedTickBehavior},
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     Acceptor, Error, Publisher, backoff,
+    follow::Follow,
     lanes::{Lanes, Offer, lane_of},
     plan::{Call, Item, Origin, Seq, Target},
     webhook::{Failure, Webhooks},
-    window::Window,
 };
 use crate::{
     config,
     runtime::{clock::Clock, drain::Drain},
-    store::{self, Done, Outgoing, Pending, Shipping, Store},
+    store::{self, Done, Feed, Outgoing, Pending, Scope, Shipping, Store},
     telemetry::metric,
     types::{
         InstanceKey, Millis,
@@ -58,6 +62,8 @@ pub struct Parts {
     pub store: Arc<dyn Store>,
     /// The MQTT door; without one, publishes end here.
     pub publisher: Option<Arc<dyn Publisher>>,
+    /// Whose effects are carried out; changed by [`Courier::own`].
+    pub scope: Scope,
     /// The way to instances.
     pub acceptor: Arc<dyn Acceptor>,
     /// `[delivery]`.
@@ -73,8 +79,10 @@ pub struct Parts {
 /// How far a courier is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Observed {
-    /// The durable position.
+    /// The durable positions of all feeds, added up.
     pub position: i64,
+    /// Feeds followed.
+    pub feeds: usize,
     /// Effects read from the log and neither delivered nor put off.
     pub open: usize,
     /// Calls under way.
@@ -95,6 +103,7 @@ pub struct Courier {
     finish: CancellationToken,
     abort: CancellationToken,
     seen: Arc<Mutex<Observed>>,
+    scope: watch::Sender<Scope>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -109,9 +118,16 @@ impl Courier {
         let (finish, abort) = (CancellationToken::new(), CancellationToken::new());
         let seen = Arc::new(Mutex::new(Observed::default()));
         let handle = parts.handle.clone();
+        let (scope, wanted) = watch::channel(parts.scope.clone());
         let run = Run::new(parts, webhooks, finish.clone(), seen.clone());
-        let task = handle.spawn(run.run(abort.clone()));
-        Ok(Self { finish, abort, seen, task })
+        let task = handle.spawn(run.run(wanted, abort.clone()));
+        Ok(Self { finish, abort, seen, scope, task })
+    }
+
+    /// From here on the effects of these shards are carried out, from their durable positions, and no others: of a shard
+    /// that is lost nothing is written any more, but calls under way end.
+    pub fn own(&self, scope: Scope) {
+        self.scope.send_replace(scope);
     }
 
     /// How far it is.
@@ -133,6 +149,15 @@ impl Courier {
 }
 
 type Reading<T> = Option<BoxFuture<'static, Result<Vec<T>, store::Error>>>;
+type Resuming = Option<BoxFuture<'static, Result<Resumed, store::Error>>>;
+/// A call: the era it began in, what for, how it ended.
+type Ended = (u64, Item, Result<(), Failure>);
+
+/// Where the delivery of some shards stood.
+struct Resumed {
+    positions: Vec<(Feed, i64)>,
+    rows: Vec<Pending>,
+}
 type Flushing = Option<Pin<Box<dyn Future<Output = Result<(), String>> + Send>>>;
 
 /// Waits for what stands in a slot; forever when nothing does. Cancel safe: the future stays in its slot.
@@ -159,10 +184,9 @@ struct Run {
     seen: Arc<Mutex<Observed>>,
     counts: Observed,
     lanes: Lanes,
-    window: Window,
-    under_way: FuturesUnordered<BoxFuture<'static, (Item, Result<(), Failure>)>>,
-    /// The log is read up to here.
-    read: i64,
+    follow: Follow,
+    under_way: FuturesUnordered<BoxFuture<'static, Ended>>,
+    resuming: Resuming,
     /// There may be more in the log.
     more: bool,
     reading: Reading<Outgoing>,
@@ -174,9 +198,8 @@ struct Run {
     writes: Vec<Shipping>,
     flushing: Flushing,
     flushed: Vec<Shipping>,
-    /// The durable position, and the one being written.
-    shipped: i64,
-    shipping: i64,
+    /// The positions being written.
+    shipping: Vec<(Feed, i64)>,
     shipped_at: Instant,
     /// A write or read failed: wait for the next tick.
     hold: bool,
@@ -200,9 +223,9 @@ impl Run {
             seen,
             counts: Observed::default(),
             lanes: Lanes::default(),
-            window: Window::default(),
+            follow: Follow::new(parts.scope),
             under_way: FuturesUnordered::new(),
-            read: 0,
+            resuming: None,
             more: true,
             reading: None,
             look: true,
@@ -211,8 +234,7 @@ impl Run {
             writes: Vec::new(),
             flushing: None,
             flushed: Vec::new(),
-            shipped: 0,
-            shipping: 0,
+            shipping: Vec::new(),
             shipped_at: Instant::now(),
             hold: false,
             looked: false,
@@ -220,23 +242,13 @@ impl Run {
         }
     }
 
-    async fn run(mut self, abort: CancellationToken) {
+    async fn run(mut self, wanted: watch::Receiver<Scope>, abort: CancellationToken) {
+        let mut wanted = wanted;
         let drain = self.drain.clone();
         let finish = self.finish.clone();
         let hint = self.store.outgoing_hint();
         let mut ticks = tokio::time::interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                resumed = self.resume() => match resumed {
-                    Ok(()) => break,
-                    Err(error) => tracing::error!("delivery cannot read where it stood, and tries again: {error}"),
-                },
-                () = drain.stopped() => return,
-                () = abort.cancelled() => return,
-            }
-            ticks.tick().await;
-        }
         let mut tick = 0u32;
         loop {
             self.start_calls();
@@ -253,6 +265,11 @@ impl Run {
                     self.more = true;
                 }
                 () = hint.notified() => self.more = true,
+                Ok(()) = wanted.changed() => {
+                    let scope = wanted.borrow_and_update().clone();
+                    self.own(scope);
+                }
+                resumed = of(&mut self.resuming) => self.take_resumed(resumed),
                 _ = ticks.tick() => {
                     tick = tick.wrapping_add(1);
                     self.hold = false;
@@ -260,10 +277,10 @@ impl Run {
                     self.more |= tick.is_multiple_of(TICKS_PER_SCAN);
                     self.put_off_slow();
                 }
-                Some((item, result)) = self.under_way.next(), if !self.under_way.is_empty() => {
-                    self.end(item, result);
-                    while let Some(Some((item, result))) = self.under_way.next().now_or_never() {
-                        self.end(item, result);
+                Some(ended) = self.under_way.next(), if !self.under_way.is_empty() => {
+                    self.end(ended);
+                    while let Some(Some(ended)) = self.under_way.next().now_or_never() {
+                        self.end(ended);
                     }
                 }
                 batch = of(&mut self.reading) => self.take_log(batch),
@@ -273,11 +290,43 @@ impl Run {
         }
     }
 
-    /// Reads where delivery stood and which lanes are blocked.
-    async fn resume(&mut self) -> Result<(), store::Error> {
-        let position = self.store.shipped().await?;
+    /// Other shards are to be followed: forgets those lost; where the new ones stood is read next.
+    fn own(&mut self, scope: Scope) {
+        self.follow.want(scope);
+        let kept = self.follow.held().clone();
+        self.lanes.keep(|key| kept.contains(key));
+        self.in_hand.retain(|(key, _)| kept.contains(key));
+        self.writes.retain(|write| match write {
+            Shipping::Postpone(row) => kept.contains(&row.key),
+            Shipping::Settle { key, .. } => kept.contains(key),
+            Shipping::Shipped { .. } => true,
+        });
+        // What is being read was asked for other shards.
+        (self.reading, self.looking, self.resuming) = (None, None, None);
+        (self.more, self.look) = (true, true);
+    }
+
+    /// Reads where delivery of the new shards stood and which of their lanes are blocked.
+    fn start_resume(&mut self) {
+        let (store, scope) = (self.store.clone(), self.follow.awaited().clone());
         let soon = self.clock.now().plus(backoff::LONGEST_MS + 60_000);
-        let rows = self.store.due(soon, DELIVERY_RESUMED).await?;
+        self.resuming = Some(Box::pin(async move {
+            let feeds = store.feeds(&scope);
+            let positions = feeds.iter().copied().zip(store.shipped(&feeds).await?).collect();
+            let rows = store.due(&scope, soon, DELIVERY_RESUMED).await?;
+            Ok(Resumed { positions, rows })
+        }));
+    }
+
+    fn take_resumed(&mut self, resumed: Result<Resumed, store::Error>) {
+        let Resumed { positions, rows } = match resumed {
+            Ok(resumed) => resumed,
+            Err(error) => {
+                tracing::error!("delivery cannot read where it stood, and tries again: {error}");
+                self.hold = true;
+                return;
+            }
+        };
         if rows.len() == DELIVERY_RESUMED {
             tracing::warn!("{DELIVERY_RESUMED} effects or more are put off: the order of the rest may change");
         }
@@ -287,25 +336,28 @@ impl Run {
                 self.lanes.resume(lane_of(&item), item.seq, due);
             }
         }
-        (self.window, self.read) = (Window::after(position), position);
-        (self.shipped, self.shipping) = (position, position);
-        Ok(())
+        self.follow.resume(positions);
+        // A look that was under way did not ask for these.
+        (self.reading, self.looking) = (None, None);
+        (self.more, self.look) = (true, true);
     }
 
     fn is_finished(&self) -> bool {
         self.finishing
             && !self.more
+            && self.follow.awaited().is_empty()
             && self.reading.is_none()
             && self.under_way.is_empty()
-            && self.window.in_hand() == 0
+            && self.follow.in_hand() == 0
             && self.writes.is_empty()
             && self.flushing.is_none()
-            && self.shipped == self.window.settled()
+            && !self.follow.has_moved()
     }
 
     fn show(&mut self) {
-        self.counts.position = self.shipped;
-        self.counts.open = self.window.in_hand();
+        self.counts.position = self.follow.position();
+        self.counts.feeds = self.follow.feeds();
+        self.counts.open = self.follow.in_hand();
         self.counts.under_way = self.lanes.under_way();
         self.counts.lanes = self.lanes.len();
         *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = self.counts;
@@ -316,22 +368,30 @@ impl Run {
         if self.hold {
             return;
         }
-        let room = self.window.in_hand() < DELIVERY_OPEN && self.writes.len() < MAX_WRITES;
-        if self.more && room && self.reading.is_none() {
+        if !self.follow.awaited().is_empty() && self.resuming.is_none() {
+            self.start_resume();
+        }
+        let room = self.follow.in_hand() < DELIVERY_OPEN && self.writes.len() < MAX_WRITES;
+        if self.more && room && self.reading.is_none() && self.follow.feeds() > 0 {
             self.more = false;
-            let (store, after) = (self.store.clone(), self.read);
-            self.reading = Some(Box::pin(async move { store.outgoing(after, DELIVERY_BATCH).await }));
+            let (store, after) = (self.store.clone(), self.follow.read());
+            self.reading = Some(Box::pin(async move { store.outgoing(&after, DELIVERY_BATCH).await }));
         }
         if self.flushing.is_some() || self.looking.is_some() {
             return;
         }
-        let may_look = self.look && !self.finishing && !self.drain.is_draining() && self.in_hand.len() < DELIVERY_OPEN;
+        let may_look = self.look
+            && self.follow.feeds() > 0
+            && !self.finishing
+            && !self.drain.is_draining()
+            && self.in_hand.len() < DELIVERY_OPEN;
         let must_flush = !self.writes.is_empty()
-            || self.window.settled() > self.shipped && (self.finishing || self.shipped_at.elapsed() >= POSITION_AFTER);
+            || self.follow.has_moved() && (self.finishing || self.shipped_at.elapsed() >= POSITION_AFTER);
         if may_look && !(must_flush && self.looked) {
             (self.look, self.looked) = (false, true);
             let (store, now, limit) = (self.store.clone(), self.clock.now(), self.in_hand.len() + DELIVERY_BATCH * 4);
-            self.looking = Some(Box::pin(async move { store.due(now, limit).await }));
+            let scope = self.follow.held().clone();
+            self.looking = Some(Box::pin(async move { store.due(&scope, now, limit).await }));
         } else if must_flush {
             self.looked = false;
             self.start_flush();
@@ -339,12 +399,10 @@ impl Run {
     }
 
     fn start_flush(&mut self) {
-        self.shipping = self.window.settled();
+        self.shipping = self.follow.moved();
         self.flushed = std::mem::take(&mut self.writes);
         let mut writes = self.flushed.clone();
-        if self.shipping > self.shipped {
-            writes.push(Shipping::Shipped { position: self.shipping });
-        }
+        writes.extend(self.shipping.iter().map(|&(feed, position)| Shipping::Shipped { feed, position }));
         let (done, end) = Done::channel();
         self.store.ship(writes, done);
         self.flushing = Some(Box::pin(async move {
@@ -362,11 +420,18 @@ impl Run {
         self.shipped_at = Instant::now();
         if let Err(error) = result {
             tracing::warn!("delivery could not write what it did, and tries again: {error}");
-            self.writes.splice(..0, flushed);
+            // What was lost meanwhile is somebody else's.
+            let held = self.follow.held();
+            let kept = flushed.into_iter().filter(|write| match write {
+                Shipping::Postpone(row) => held.contains(&row.key),
+                Shipping::Settle { key, .. } => held.contains(key),
+                Shipping::Shipped { .. } => false,
+            });
+            self.writes.splice(..0, kept);
             self.hold = true;
             return;
         }
-        self.shipped = self.shipping;
+        self.follow.shipped(&self.shipping);
         self.look |= !flushed.is_empty();
         for write in flushed {
             match write {
@@ -389,11 +454,9 @@ impl Run {
         self.more |= !batch.is_empty();
         let (now, mqtt) = (self.clock.now(), self.publisher.is_some());
         for outgoing in batch {
-            self.read = self.read.max(outgoing.position);
-            let items = Item::of_turn(&outgoing.key, outgoing.position, &outgoing.turn)
-                .filter(|item| mqtt || item.target != Target::Mqtt);
+            let items = Item::of_turn(&outgoing).filter(|item| mqtt || item.target != Target::Mqtt);
             let items: Vec<Item> = items.collect();
-            self.window.open(outgoing.position, items.len());
+            self.follow.open(outgoing.feed, outgoing.position, items.len());
             for item in items {
                 match item.put_off_to(now) {
                     Some(due) => {
@@ -455,8 +518,8 @@ impl Run {
     }
 
     fn close(&mut self, item: &Item) {
-        if let Origin::Log { position, .. } = item.origin {
-            self.window.close(position);
+        if let Origin::Log { feed, position, .. } = item.origin {
+            self.follow.close(feed, position);
         }
     }
 
@@ -474,26 +537,29 @@ impl Run {
         for (item, due) in self.lanes.take_slow(now.plus(-SLOW_MS), now) {
             self.put_off(&item, item.tries(), due);
         }
-        metrics::gauge!(metric::DELIVERY_OPEN).set(self.window.in_hand() as f64);
+        metrics::gauge!(metric::DELIVERY_OPEN).set(self.follow.in_hand() as f64);
     }
 
     fn start_calls(&mut self) {
         let now = self.clock.now();
         while let Some(item) = self.lanes.next(now) {
             let ports = (self.publisher.clone(), self.acceptor.clone(), self.webhooks.clone());
-            let call = item.call(now);
+            let (call, era) = (item.call(now), self.follow.era());
             self.under_way.push(Box::pin(async move {
                 let result = match call {
                     Ok(call) => AssertUnwindSafe(carry_out(call, ports)).catch_unwind().await,
                     Err(reason) => Ok(Err(Failure::Never(reason))),
                 };
-                (item, result.unwrap_or_else(|_| Err(Failure::later("the call panicked"))))
+                (era, item, result.unwrap_or_else(|_| Err(Failure::later("the call panicked"))))
             }));
         }
     }
 
     /// A call ended.
-    fn end(&mut self, item: Item, result: Result<(), Failure>) {
+    fn end(&mut self, (era, item, result): Ended) {
+        if !self.follow.held_since(&item.key, era) {
+            return self.lanes.left(&item);
+        }
         let (reason, after) = match result {
             Ok(()) => {
                 self.counts.delivered += 1;

@@ -219,6 +219,18 @@ impl Lanes {
         taken
     }
 
+    /// Forgets the lanes of instances that are not kept. What of theirs is under way is counted until [`Lanes::left`].
+    pub(super) fn keep(&mut self, keep: impl Fn(&InstanceKey) -> bool) {
+        self.lanes.retain(|(instance, _), _| keep(instance));
+        self.ready.iter_mut().for_each(|ready| ready.retain(|(instance, _)| keep(instance)));
+    }
+
+    /// What was under way when its lane was forgotten has ended.
+    pub(super) fn left(&mut self, item: &Item) {
+        let door = slot(item.target.door());
+        self.under_way[door] = self.under_way[door].saturating_sub(1);
+    }
+
     /// Effects under way.
     pub(super) fn under_way(&self) -> usize {
         self.under_way.iter().sum()
@@ -237,7 +249,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        store::Pending,
+        store::{Feed, Pending},
         types::{Channel, Effect, EffectKind, InstanceId, StimulusId, TenantId},
     };
 
@@ -280,7 +292,7 @@ mod tests {
             error: None,
             decided_at: Millis(0),
         };
-        Item { origin: Origin::Log { position: 1, turn: std::sync::Arc::new(turn), at: 0 }, ..item }
+        Item { origin: Origin::Log { feed: Feed(0), position: 1, turn: std::sync::Arc::new(turn), at: 0 }, ..item }
     }
 
     fn is_queued(offer: &Offer) -> bool {

@@ -16,6 +16,7 @@ use crate::types::{Fault, InstanceKey, Kind, ReplyTo, Stimulus, TenantId};
 
 mod backoff;
 mod courier;
+mod follow;
 mod lanes;
 mod plan;
 mod webhook;

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::{Message, reply_topic};
 use crate::{
-    store::Pending,
+    store::{Feed, Outgoing, Pending},
     types::{
         Channel, Effect, EffectKind, InstanceId, InstanceKey, Millis, Priority, RawJson, Reply, Source, Stimulus,
         StimulusId, TurnRecord, limits::MAX_ID_BYTES,
@@ -79,6 +79,8 @@ impl Target {
 pub(super) enum Origin {
     /// In the log.
     Log {
+        /// In which feed.
+        feed: Feed,
         /// At which position.
         position: i64,
         /// In which turn.
@@ -123,14 +125,15 @@ pub(super) enum Call {
 
 impl Item {
     /// The effects of a turn, from the log.
-    pub(super) fn of_turn(key: &InstanceKey, position: i64, turn: &Arc<TurnRecord>) -> impl Iterator<Item = Self> {
+    pub(super) fn of_turn(outgoing: &Outgoing) -> impl Iterator<Item = Self> + use<'_> {
+        let &Outgoing { feed, position, ref key, ref turn } = outgoing;
         turn.effects.iter().enumerate().map(move |(at, effect)| {
             let seq = Seq(turn.turn, effect.index);
             Self {
                 key: key.clone(),
                 seq,
                 target: target(&effect.kind, seq),
-                origin: Origin::Log { position, turn: turn.clone(), at },
+                origin: Origin::Log { feed, position, turn: turn.clone(), at },
             }
         })
     }
@@ -375,9 +378,13 @@ mod tests {
         })
     }
 
+    fn outgoing(turn: &Arc<TurnRecord>) -> Outgoing {
+        Outgoing { feed: Feed(0), position: 40, key: key(), turn: turn.clone() }
+    }
+
     fn calls(kinds: Vec<EffectKind>) -> Vec<Call> {
         let turn = turn(kinds);
-        Item::of_turn(&key(), 40, &turn).map(|item| item.call(Millis(2_000)).unwrap()).collect()
+        Item::of_turn(&outgoing(&turn)).map(|item| item.call(Millis(2_000)).unwrap()).collect()
     }
 
     fn published(call: &Call) -> &[Message] {
@@ -450,7 +457,7 @@ mod tests {
     #[test]
     fn a_reminder_waits_for_its_time_and_then_is_a_stimulus_of_its_own_instance() {
         let turn = turn(vec![EffectKind::Remind { due: Millis(9_000), content: Some("tea".into()), data: None }]);
-        let item = Item::of_turn(&key(), 40, &turn).next().unwrap();
+        let item = Item::of_turn(&outgoing(&turn)).next().unwrap();
         assert_eq!(item.put_off_to(Millis(1)), Some(Millis(9_000)));
         let row = Item::of_row(item.put_off(0, Millis(9_000))).unwrap();
         assert_eq!(row.put_off_to(Millis(1)), None);
@@ -476,7 +483,7 @@ mod tests {
             },
             EffectKind::Webhook { url: "https://example.org/x".into(), body: RawJson::parse("1").unwrap() },
         ]);
-        for item in Item::of_turn(&key(), 40, &turn) {
+        for item in Item::of_turn(&outgoing(&turn)) {
             let row = Item::of_row(item.put_off(2, Millis(5))).unwrap();
             assert_eq!(row.call(Millis(5)).unwrap(), item.call(Millis(5)).unwrap());
             assert_eq!((row.target.clone(), row.seq, row.tries()), (item.target.clone(), item.seq, 2));

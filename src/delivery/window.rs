@@ -27,8 +27,8 @@ impl Window {
         self.advance();
     }
 
-    /// One effect of a position is delivered or put off.
-    pub(super) fn close(&mut self, position: i64) {
+    /// One effect of a position is delivered or put off; whether it was open.
+    pub(super) fn close(&mut self, position: i64) -> bool {
         if let Ok(at) = self.entries.binary_search_by_key(&position, |entry| entry.0)
             && let Some(entry) = self.entries.get_mut(at)
             && entry.1 > 0
@@ -38,7 +38,9 @@ impl Window {
             if at == 0 {
                 self.advance();
             }
+            return true;
         }
+        false
     }
 
     /// The last position up to which nothing is open.
@@ -77,7 +79,7 @@ mod tests {
         assert_eq!(window.settled(), 3);
         window.close(5);
         assert_eq!((window.settled(), window.in_hand()), (10, 0));
-        window.close(5);
+        assert!(!window.close(5));
         assert_eq!(window.in_hand(), 0);
     }
 

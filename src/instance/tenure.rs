@@ -7,7 +7,7 @@
 
 use std::sync::{
     Arc,
-    atomic::{AtomicBool, AtomicUsize, Ordering},
+    atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
 };
 
 use tokio::sync::Notify;
@@ -34,18 +34,30 @@ pub struct Tenure {
     /// Instances of the shard with work in hand.
     pub busy: Busy,
     over: AtomicBool,
+    /// Stimuli lodged for the shard that are known of.
+    lodged: AtomicU64,
     elsewhere: Option<Arc<dyn Elsewhere>>,
 }
 
 impl Tenure {
     /// A tenure that begins. Without `elsewhere`, what cannot be decided here is refused.
     pub fn new(shard: u32, epoch: u64, elsewhere: Option<Arc<dyn Elsewhere>>) -> Self {
-        Self { shard, epoch, busy: Busy::default(), over: AtomicBool::new(false), elsewhere }
+        Self { shard, epoch, busy: Busy::default(), over: AtomicBool::new(false), lodged: AtomicU64::new(0), elsewhere }
     }
 
-    /// The right under which a unit is written.
-    pub const fn fence(&self) -> Fence {
-        Fence { shard: self.shard, epoch: self.epoch }
+    /// The right under which an instance writes that has read what waits for it when so many were lodged.
+    pub const fn fence(&self, lodged: u64) -> Fence {
+        Fence { shard: self.shard, epoch: self.epoch, lodged }
+    }
+
+    /// Stimuli lodged for the shard that are known of. What is loaded from now on holds them.
+    pub fn lodged(&self) -> u64 {
+        self.lodged.load(Ordering::Acquire)
+    }
+
+    /// The store told that so many are lodged.
+    pub fn learn_lodged(&self, lodged: u64) {
+        self.lodged.fetch_max(lodged, Ordering::AcqRel);
     }
 
     /// Ends it: nothing more is submitted under it.

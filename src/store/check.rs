@@ -4,8 +4,32 @@
 
 use std::sync::Arc;
 
-use super::{Error, Head, Known, Rejection};
-use crate::types::{Millis, Stimulus, TurnRecord};
+use super::{Error, Fence, Head, Known, Rejection, Work};
+use crate::types::{Millis, Stimulus, StimulusId, TurnRecord};
+
+/// A unit under this fence may be written while its shard has this epoch and count of lodged stimuli. `waits` tells
+/// whether a stimulus stands in the instance's inbox; it is asked only when something was lodged that the owner has not
+/// looked at: turns of what already stands there come before that.
+///
+/// # Errors
+/// [`Rejection::Fenced`], [`Rejection::Behind`].
+pub(crate) fn fence(
+    fence: Fence,
+    (epoch, lodged): (u64, u64),
+    work: &Work,
+    waits: impl Fn(&StimulusId) -> bool,
+) -> Result<(), Rejection> {
+    let looked = || fence.lodged >= lodged;
+    match work {
+        Work::Lodge { .. } => Ok(()),
+        _ if fence.epoch != epoch => Err(Rejection::Fenced),
+        Work::Accept { .. } if !looked() => Err(Rejection::Behind { lodged }),
+        Work::Turns { turns, .. } if !looked() && !turns.iter().all(|turn| waits(&turn.stimulus.id)) => {
+            Err(Rejection::Behind { lodged })
+        }
+        _ => Ok(()),
+    }
+}
 
 /// The turns must follow the head without gaps.
 ///

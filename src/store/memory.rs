@@ -19,8 +19,9 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 
 use super::{
-    Committed, DeadLetter, Done, Episode, Error, Head, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing, Pending,
-    Reader, Rejection, Shipping, Stats, Store, Unit, Work, Writer, check, ownership::Rows, rank, replay,
+    Committed, DeadLetter, Done, Episode, Error, Feed, Fence, Head, Known, Listed, Loaded, MqttRow, MqttWrite,
+    Outgoing, Pending, Reader, Rejection, Scope, Shipping, Stats, Store, Unit, Work, Writer, check, ownership::Rows,
+    rank, replay,
 };
 use crate::{
     runtime::clock::Clock,
@@ -41,6 +42,8 @@ pub struct MemoryStore(Arc<Inner>);
 struct Inner {
     dedupe: bool,
     max_queue: usize,
+    /// How many feeds it has. With one, all turns stand in it; with more, a turn stands in its shard's.
+    feeds: u32,
     clock: Clock,
     work: Mutex<WorkQueue>,
     data: Mutex<Data>,
@@ -88,14 +91,16 @@ impl MemoryStore {
 
     /// An empty store that recognises repeats or not, and refuses when more than `max_queue` units wait.
     pub fn with(dedupe: bool, max_queue: usize) -> Self {
-        Self::with_clock(dedupe, max_queue, Clock::System)
+        Self::shared(dedupe, max_queue, 1, Clock::System)
     }
 
-    /// As [`MemoryStore::with`], by whose clock leases run and end.
-    pub fn with_clock(dedupe: bool, max_queue: usize, clock: Clock) -> Self {
+    /// As [`MemoryStore::with`], for nodes that share it: with a feed for each of so many shards, and the clock by which
+    /// leases run and end.
+    pub fn shared(dedupe: bool, max_queue: usize, feeds: u32, clock: Clock) -> Self {
         Self(Arc::new(Inner {
             dedupe,
             max_queue,
+            feeds: feeds.max(1),
             clock,
             work: Mutex::default(),
             data: Mutex::new(Data { next: 1, ..Data::default() }),
@@ -192,8 +197,13 @@ impl MemoryStore {
         let mut data = self.data();
         let quiet = data.outgoing.len();
         let (done, end) = match job {
-            Job::Unit(unit) if fenced && !data.cluster.admits(unit.fence) => (unit.done, Err(Rejection::Fenced)),
-            Job::Unit(unit) => (unit.done, data.apply(&unit.key, unit.work, self.0.dedupe)),
+            Job::Unit(unit) => match data.admit(&unit, fenced) {
+                Ok(()) => {
+                    let feed = Feed(if self.0.feeds == 1 { 0 } else { unit.fence.shard });
+                    (unit.done, data.apply(&unit.key, unit.fence, feed, unit.work, self.0.dedupe))
+                }
+                Err(rejection) => (unit.done, Err(rejection)),
+            },
             Job::Ship(writes, done) => {
                 writes.into_iter().for_each(|write| data.ship(write));
                 (done, Ok(Committed { head: Head::default(), created: false }))
@@ -295,10 +305,10 @@ type MqttKey = (TenantId, String);
 struct Data {
     cluster: Rows,
     instances: BTreeMap<InstanceKey, Instance>,
-    outgoing: BTreeMap<i64, (InstanceKey, Arc<TurnRecord>)>,
+    outgoing: BTreeMap<(Feed, i64), (InstanceKey, Arc<TurnRecord>)>,
     /// Position of the next turn.
     next: i64,
-    shipped: i64,
+    shipped: BTreeMap<Feed, i64>,
     pending: BTreeMap<(InstanceKey, String), Pending>,
     sessions: BTreeMap<MqttKey, Bytes>,
     queued: BTreeMap<MqttKey, BTreeMap<i64, Bytes>>,
@@ -352,11 +362,38 @@ impl Instance {
 }
 
 impl Data {
+    /// Whether the unit may be written under its fence. Where no node ever joined nobody is fenced.
+    fn admit(&mut self, unit: &Unit, fenced: bool) -> Result<(), Rejection> {
+        if !fenced || !self.cluster.is_founded() {
+            return Ok(());
+        }
+        let row = self.cluster.shard(unit.fence.shard).ok_or(Rejection::Fenced)?;
+        let standing = (row.epoch, row.lodged);
+        let instance = self.instances.get(&unit.key);
+        let waits = |id: &StimulusId| instance.is_some_and(|instance| instance.waiting(id).is_some());
+        check::fence(unit.fence, standing, &unit.work, waits)
+    }
+
     /// Checks everything first, then writes: a unit is applied whole or not at all.
-    fn apply(&mut self, key: &InstanceKey, work: Work, dedupe: bool) -> Result<Committed, Rejection> {
+    fn apply(
+        &mut self,
+        key: &InstanceKey,
+        fence: Fence,
+        feed: Feed,
+        work: Work,
+        dedupe: bool,
+    ) -> Result<Committed, Rejection> {
         match work {
-            Work::Turns { head, turns } => self.turns(key, head, &turns, dedupe),
+            Work::Turns { head, turns } => self.turns(key, feed, head, &turns, dedupe),
             Work::Accept { stimuli } => self.accept(key, stimuli, dedupe),
+            Work::Lodge { stimuli } => {
+                let count = stimuli.len() as u64;
+                let committed = self.accept(key, stimuli, dedupe)?;
+                if let Some(row) = self.cluster.shard(fence.shard) {
+                    row.lodged += count;
+                }
+                Ok(committed)
+            }
             Work::Bury { stimulus, reason, tries, at } => {
                 let instance = self.instances.entry(key.clone()).or_insert_with(|| Instance::new(at));
                 instance.inbox.retain(|waiting| waiting.id != stimulus.id);
@@ -389,6 +426,7 @@ impl Data {
     fn turns(
         &mut self,
         key: &InstanceKey,
+        feed: Feed,
         head: Head,
         turns: &[Arc<TurnRecord>],
         dedupe: bool,
@@ -416,7 +454,7 @@ impl Data {
             instance.decided.entry(record.stimulus.id.clone()).or_insert(instance.turns.len());
             instance.turns.push(Arc::clone(record));
             if !record.effects.is_empty() {
-                self.outgoing.insert(self.next, (key.clone(), Arc::clone(record)));
+                self.outgoing.insert((feed, self.next), (key.clone(), Arc::clone(record)));
             }
             self.next += 1;
         }
@@ -441,7 +479,10 @@ impl Data {
 
     fn ship(&mut self, write: Shipping) {
         match write {
-            Shipping::Shipped { position } => self.shipped = self.shipped.max(position),
+            Shipping::Shipped { feed, position } => {
+                let shipped = self.shipped.entry(feed).or_default();
+                *shipped = position.max(*shipped);
+            }
             Shipping::Postpone(pending) => {
                 self.pending.insert((pending.key.clone(), pending.effect_id.clone()), *pending);
             }
@@ -590,11 +631,16 @@ impl Reader for MemoryStore {
             .collect())
     }
 
-    async fn waiting(&self, after: Option<&InstanceKey>, limit: usize) -> Result<Vec<InstanceKey>, Error> {
+    async fn waiting(
+        &self,
+        scope: &Scope,
+        after: Option<&InstanceKey>,
+        limit: usize,
+    ) -> Result<Vec<InstanceKey>, Error> {
         let data = self.read()?;
         let range = (after.map_or(Bound::Unbounded, Bound::Excluded), Bound::Unbounded);
         let waiting = data.instances.range::<InstanceKey, _>(range).filter(|(_, i)| !i.inbox.is_empty());
-        Ok(waiting.take(limit).map(|(key, _)| key.clone()).collect())
+        Ok(waiting.filter(|(key, _)| scope.contains(key)).take(limit).map(|(key, _)| key.clone()).collect())
     }
 
     async fn dead_letters(
@@ -635,24 +681,36 @@ impl Reader for MemoryStore {
         Ok(found.collect())
     }
 
-    async fn outgoing(&self, after: i64, limit: usize) -> Result<Vec<Outgoing>, Error> {
+    fn feeds(&self, scope: &Scope) -> Vec<Feed> {
+        match self.0.feeds {
+            1 => vec![Feed(0)],
+            feeds => (0..feeds).filter(|shard| scope.has(*shard)).map(Feed).collect(),
+        }
+    }
+
+    async fn outgoing(&self, after: &[(Feed, i64)], limit: usize) -> Result<Vec<Outgoing>, Error> {
         let data = self.read()?;
-        let later = data.outgoing.range((Bound::Excluded(after), Bound::Unbounded)).take(limit);
-        let outgoing = |(&position, (key, turn)): (&i64, &(InstanceKey, Arc<TurnRecord>))| Outgoing {
+        let later = after.iter().flat_map(|&(feed, after)| {
+            data.outgoing.range((Bound::Excluded((feed, after)), Bound::Included((feed, i64::MAX))))
+        });
+        let outgoing = |(&(feed, position), (key, turn)): (&(Feed, i64), &(InstanceKey, Arc<TurnRecord>))| Outgoing {
+            feed,
             position,
             key: key.clone(),
             turn: Arc::clone(turn),
         };
-        Ok(later.map(outgoing).collect())
+        Ok(later.take(limit).map(outgoing).collect())
     }
 
-    async fn shipped(&self) -> Result<i64, Error> {
-        Ok(self.read()?.shipped)
-    }
-
-    async fn due(&self, now: Millis, limit: usize) -> Result<Vec<Pending>, Error> {
+    async fn shipped(&self, feeds: &[Feed]) -> Result<Vec<i64>, Error> {
         let data = self.read()?;
-        let mut due: Vec<&Pending> = data.pending.values().filter(|pending| pending.due <= now).collect();
+        Ok(feeds.iter().map(|feed| data.shipped.get(feed).copied().unwrap_or(0)).collect())
+    }
+
+    async fn due(&self, scope: &Scope, now: Millis, limit: usize) -> Result<Vec<Pending>, Error> {
+        let data = self.read()?;
+        let is_due = |pending: &&Pending| pending.due <= now && scope.contains(&pending.key);
+        let mut due: Vec<&Pending> = data.pending.values().filter(is_due).collect();
         due.sort_by_key(|pending| pending.due);
         Ok(due.into_iter().take(limit).cloned().collect())
     }

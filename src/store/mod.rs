@@ -9,6 +9,7 @@
 //! - A unit is applied whole or not at all; units of one instance are applied in the order of submission.
 //! - A repeatable stimulus id that is already known within its instance is refused as [`Rejection::Duplicate`].
 //! - A unit whose [`Fence`] is stale is refused as [`Rejection::Fenced`] and takes no neighbour with it.
+//! - Nothing is decided before what was lodged earlier: a shard's owner that has not looked is [`Rejection::Behind`].
 //!
 //! Tests: `tests/it/store_contract.rs` runs one suite over all backends.
 
@@ -27,7 +28,10 @@ pub mod memory;
 pub mod ownership;
 mod rank;
 mod replay;
+mod scope;
 pub mod sqlite;
+
+pub use scope::{Feed, Scope};
 
 /// Most instances [`Reader::locate`] names.
 pub const MAX_LOCATED: usize = 10;
@@ -101,6 +105,8 @@ pub struct Fence {
     pub shard: u32,
     /// The owner's epoch.
     pub epoch: u64,
+    /// How many of the stimuli lodged for the shard, counted from its beginning, its owner has looked at.
+    pub lodged: u64,
 }
 
 /// One unit of work for one instance, applied whole or not at all.
@@ -131,6 +137,12 @@ pub enum Work {
     },
     /// The slow path's first half: the stimulus is accepted and waits.
     Accept {
+        /// The stimuli, in arrival order.
+        stimuli: Vec<Arc<Stimulus>>,
+    },
+    /// As [`Work::Accept`], from a node that does not own the shard, on behalf of the owner: the fence's epoch is not looked
+    /// at, and the shard's count of lodged stimuli grows with the unit.
+    Lodge {
         /// The stimuli, in arrival order.
         stimuli: Vec<Arc<Stimulus>>,
     },
@@ -193,6 +205,13 @@ pub enum Rejection {
     },
     /// The fence is stale: another node owns the shard.
     Fenced,
+    /// The fence is of the right epoch, but stimuli were lodged that the owner has not looked at, and what comes later must
+    /// not be decided before them. The owner reads what waits, then tries again with this count in its fence. Only
+    /// [`Work::Accept`], and [`Work::Turns`] of which a stimulus does not stand in the inbox, are refused so.
+    Behind {
+        /// The shard's count of lodged stimuli.
+        lodged: u64,
+    },
     /// [`Work::Revive`] names no dead letter.
     NotFound,
     /// The store failed; nothing of the unit was written.
@@ -320,7 +339,9 @@ pub struct Episode {
 /// A turn with something for `delivery`, in commit order.
 #[derive(Debug, Clone)]
 pub struct Outgoing {
-    /// Position in the log; grows, with gaps.
+    /// In which feed.
+    pub feed: Feed,
+    /// Position in the feed; grows, with gaps.
     pub position: i64,
     /// Whose turn.
     pub key: InstanceKey,
@@ -350,8 +371,10 @@ pub struct Pending {
 /// What `delivery` writes. One submission is applied whole.
 #[derive(Debug, Clone)]
 pub enum Shipping {
-    /// All effects up to this log position are delivered or pending.
+    /// All effects of a feed up to this position are delivered or pending.
     Shipped {
+        /// Of which feed.
+        feed: Feed,
         /// The position.
         position: i64,
     },
@@ -501,8 +524,14 @@ pub trait Reader: Send + Sync + 'static {
         after: Option<&InstanceId>,
         limit: usize,
     ) -> Result<Vec<Listed>, Error>;
-    /// Instances with stimuli waiting, each once, in key order after `after`, at most `limit`: the scan behind every wake.
-    async fn waiting(&self, after: Option<&InstanceKey>, limit: usize) -> Result<Vec<InstanceKey>, Error>;
+    /// Instances of the scope with stimuli waiting, each once, in key order after `after`, at most `limit`: the scan behind
+    /// every wake.
+    async fn waiting(
+        &self,
+        scope: &Scope,
+        after: Option<&InstanceKey>,
+        limit: usize,
+    ) -> Result<Vec<InstanceKey>, Error>;
     /// Dead letters of an instance in the order they were given up, after the named one.
     async fn dead_letters(
         &self,
@@ -512,12 +541,15 @@ pub trait Reader: Send + Sync + 'static {
     ) -> Result<Vec<DeadLetter>, Error>;
     /// Episodes of the instance that match the query's words, best first (BM25). Sees every committed turn.
     async fn recall(&self, key: &InstanceKey, query: &str, limit: usize) -> Result<Vec<Episode>, Error>;
-    /// Turns with effects after a log position, in order, at most `limit`.
-    async fn outgoing(&self, after: i64, limit: usize) -> Result<Vec<Outgoing>, Error>;
-    /// The last position told by [`Shipping::Shipped`], 0 at first.
-    async fn shipped(&self) -> Result<i64, Error>;
-    /// Pending effects and reminders due at or before `now`, soonest first.
-    async fn due(&self, now: Millis, limit: usize) -> Result<Vec<Pending>, Error>;
+    /// The feeds in which turns of the scope's instances stand.
+    fn feeds(&self, scope: &Scope) -> Vec<Feed>;
+    /// Turns with effects, of each feed those after a position and in the order of positions, at most `limit` in all. None
+    /// is passed over: what is missing of a feed comes after the last that is given of it.
+    async fn outgoing(&self, after: &[(Feed, i64)], limit: usize) -> Result<Vec<Outgoing>, Error>;
+    /// The last position of each feed told by [`Shipping::Shipped`], 0 at first.
+    async fn shipped(&self, feeds: &[Feed]) -> Result<Vec<i64>, Error>;
+    /// Pending effects and reminders of the scope's instances due at or before `now`, soonest first.
+    async fn due(&self, scope: &Scope, now: Millis, limit: usize) -> Result<Vec<Pending>, Error>;
     /// All rows of the MQTT tables: sessions, then queued messages in order, then retained values. For the door's start.
     async fn mqtt_rows(&self) -> Result<Vec<MqttRow>, Error>;
     /// Figures.

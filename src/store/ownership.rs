@@ -363,9 +363,9 @@ impl Rows {
         self.nodes.iter_mut().filter(|member| member.row.node == *node).for_each(|member| member.row.alive = alive);
     }
 
-    /// Whether what is written under this fence may be: its epoch is the shard's, or there is no cluster at all.
-    pub fn admits(&self, fence: Fence) -> bool {
-        self.cluster.is_none() || self.shards.get(fence.shard as usize).is_some_and(|row| row.epoch == fence.epoch)
+    /// Whether a node ever joined: without one there is no cluster and nobody is fenced.
+    pub fn is_founded(&self) -> bool {
+        self.cluster.is_some()
     }
 
     /// The shard's row.
@@ -382,7 +382,7 @@ impl Rows {
 impl ShardRow {
     /// The right to write for it at its present epoch.
     pub const fn fence(&self) -> Fence {
-        Fence { shard: self.shard, epoch: self.epoch }
+        Fence { shard: self.shard, epoch: self.epoch, lodged: self.lodged }
     }
 }
 

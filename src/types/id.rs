@@ -177,6 +177,13 @@ impl InstanceKey {
         Self { tenant, instance }
     }
 
+    /// Its shard, where there are `count` of them (at least one).
+    pub fn shard(&self, count: u32) -> u32 {
+        #[allow(clippy::cast_possible_truncation)] // below `count`
+        let shard = (self.stable_hash() % u64::from(count.max(1))) as u32;
+        shard
+    }
+
     /// A hash that is the same on every node, build and day: FNV-1a (Fowler, Noll, Vo) over tenant, a zero byte and
     /// instance, finished with the 64-bit mix of MurmurHash3 (Appleby), because FNV's low bits alone spread badly.
     pub fn stable_hash(&self) -> u64 {

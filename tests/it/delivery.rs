@@ -18,7 +18,7 @@ use sophont::{
     delivery::{Acceptor, Courier, Message, Observed, Parts, Publisher},
     runtime::{clock::Clock, drain::Drain},
     store::{
-        Committed, Done, Fence, Head, Rejection, Store, Unit, Work,
+        Committed, Done, Feed, Fence, Head, Reader as _, Rejection, Scope, Store, Unit, Work, Writer as _,
         memory::{Faults, MemoryStore},
         sqlite::SqliteStore,
     },
@@ -128,6 +128,7 @@ struct Bench {
     clock: Clock,
     config: config::Delivery,
     heads: HashMap<InstanceKey, Head>,
+    scope: Scope,
     running: Option<(Courier, Drain)>,
 }
 
@@ -136,7 +137,17 @@ impl Bench {
         let config = config::Delivery { webhook_allow: Vec::new(), webhook_seconds: 5, max_tries: 20 };
         let (memory, door, clock) = (MemoryStore::new(), Arc::default(), Clock::manual(START));
         let (faults, store) = (memory.faults(), Arc::new(memory));
-        Self { store, faults, folder: None, door, clock, config, heads: HashMap::new(), running: None }
+        Self {
+            store,
+            faults,
+            folder: None,
+            door,
+            clock,
+            config,
+            heads: HashMap::new(),
+            scope: Scope::all(),
+            running: None,
+        }
     }
 
     /// On SQLite in a folder of its own.
@@ -160,6 +171,7 @@ impl Bench {
         let drain = Drain::default();
         let parts = Parts {
             store: self.store.clone(),
+            scope: self.scope.clone(),
             publisher: Some(self.door.clone()),
             acceptor: self.door.clone(),
             config: self.config.clone(),
@@ -220,13 +232,15 @@ impl Bench {
     }
 
     async fn last_position(&self) -> i64 {
-        self.store.outgoing(0, 1_000_000).await.unwrap().last().map_or(0, |outgoing| outgoing.position)
+        self.store.outgoing(&[(Feed(0), 0)], 1_000_000).await.unwrap().last().map_or(0, |outgoing| outgoing.position)
     }
 
     async fn wait_shipped(&self) {
         let last = self.last_position().await;
-        wait_until("the position follows the log", PATIENCE, async || self.store.shipped().await.unwrap() == last)
-            .await;
+        wait_until("the position follows the log", PATIENCE, async || {
+            self.store.shipped(&[Feed(0)]).await.unwrap() == [last]
+        })
+        .await;
     }
 
     async fn wait_taken(&self, count: usize) {
@@ -514,7 +528,7 @@ async fn a_graceful_end_delivers_the_log_and_stores_the_position() {
     let (courier, _drain) = bench.running.take().unwrap();
     courier.finish(PATIENCE).await;
     assert_eq!(bench.door.of("a"), numbers(1..=200));
-    assert_eq!(bench.store.shipped().await.unwrap(), bench.last_position().await);
+    assert_eq!(bench.store.shipped(&[Feed(0)]).await.unwrap(), [bench.last_position().await]);
 }
 
 /// Prints how fast 20,000 effects of 1,000 instances leave, and checks the order of each.
@@ -655,4 +669,56 @@ async fn webhooks_are_closed_by_default_and_follow_nobody() {
     bench.turn("a", vec![hook(outer.address, "3")]).await;
     wait_until("it is given up", PATIENCE, async || bench.observe().given_up == 1 && bench.pending().await == 0).await;
     assert_eq!(outer.seen().len(), 1, "an empty list allows nobody");
+}
+
+/// Commits a turn with a publish, in the shard's feed.
+async fn publish_in(store: &MemoryStore, bench: &Bench, instance: &InstanceKey, number: u64, head: Head) -> Head {
+    let (done, end) = Done::channel();
+    let turns = vec![Arc::new(bench.record(number, vec![say("x", number.to_string())]))];
+    let fence = Fence { shard: instance.shard(4), ..Fence::default() };
+    store.submit(Unit { key: instance.clone(), fence, work: Work::Turns { head, turns }, done });
+    end.await.unwrap().unwrap().head
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_courier_follows_the_shards_it_owns_and_no_others() {
+    let mut bench = Bench::new();
+    let memory = MemoryStore::shared(true, 1024, 4, bench.clock.clone());
+    (bench.store, bench.scope) = (Arc::new(memory.clone()), Scope::of(4, [1, 2]));
+    let in_shard = |shard| (0..).map(|n| key(&format!("i{n}"))).find(|key| key.shard(4) == shard).unwrap();
+    let keys: Vec<InstanceKey> = (0..4).map(in_shard).collect();
+    let name = |shard: usize| keys[shard].instance.as_str();
+    let mut heads = [Head::default(); 4];
+    bench.start();
+    for shard in 0..4 {
+        heads[shard] = publish_in(&memory, &bench, &keys[shard], 1, heads[shard]).await;
+    }
+    let shipped = async |feed| memory.shipped(&[Feed(feed)]).await.unwrap()[0];
+    wait_until("its two feeds are shipped", PATIENCE, async || shipped(1).await > 0 && shipped(2).await > 0).await;
+    assert_eq!((bench.door.of(name(1)), bench.door.of(name(2))), (numbers(1..=1), numbers(1..=1)));
+    // A call for shard 2 is under way when the shard is lost; shard 3 is gained.
+    let permits = Arc::new(Semaphore::new(0));
+    *bench.door.permits.lock().unwrap() = Some(permits.clone());
+    let before = shipped(2).await;
+    publish_in(&memory, &bench, &keys[2], 2, heads[2]).await;
+    wait_until("the call is under way", PATIENCE, async || bench.observe().under_way == 1).await;
+    bench.running.as_ref().unwrap().0.own(Scope::of(4, [1, 3]));
+    wait_until("the lost one is forgotten", PATIENCE, async || {
+        bench.observe().feeds == 2 && bench.observe().under_way == 2
+    })
+    .await;
+    permits.add_permits(10);
+    publish_in(&memory, &bench, &keys[1], 2, heads[1]).await;
+    wait_until("what is owned is shipped", PATIENCE, async || {
+        shipped(3).await > 0 && bench.door.of(name(1)) == numbers(1..=2) && bench.observe().open == 0
+    })
+    .await;
+    assert_eq!(shipped(2).await, before, "nothing is written of a lost shard");
+    assert_eq!(bench.pending().await, 0);
+    assert!(bench.door.of(name(0)).is_empty() && shipped(0).await == 0);
+    // Regained, it goes on from the durable position; what was under way then comes again.
+    bench.running.as_ref().unwrap().0.own(Scope::of(4, [0, 1, 2, 3]));
+    wait_until("all is shipped", PATIENCE, async || shipped(0).await > 0 && shipped(2).await > before).await;
+    assert_eq!(bench.door.of(name(2)), ["1", "2", "2"]);
+    assert_eq!((bench.door.of(name(0)), bench.door.of(name(3))), (numbers(1..=1), numbers(1..=1)));
 }

@@ -9,7 +9,11 @@ use sophont::{
     config::Config,
     instance::{Error, Receipt, Until, environment::Environment, inbox::Line},
     runtime::clock::Clock,
-    store::{self, Reader as _, memory::MemoryStore},
+    store::{
+        self, Done, Fence, Reader as _, Scope, Unit, Work, Writer as _,
+        memory::MemoryStore,
+        ownership::{Joining, Ownership as _},
+    },
     types::{
         Channel, InstanceId, InstanceKey, Millis, Priority, Profile, RawJson, Source, Stimulus, StimulusId, TenantId,
         TurnRecord,
@@ -180,7 +184,7 @@ async fn a_slow_stimulus_is_durable_before_it_is_thought_about() {
     house.router.put_profile(&key, slow(60_000)).await.unwrap();
     let receipt = house.router.deliver(&key, named("s", "think"), Until::Accepted).await.unwrap();
     assert!(matches!(receipt, Receipt::Accepted { repeated: false }));
-    assert_eq!(house.store.waiting(None, 10).await.unwrap(), std::slice::from_ref(&key));
+    assert_eq!(house.store.waiting(&Scope::all(), None, 10).await.unwrap(), std::slice::from_ref(&key));
     let again = house.router.deliver(&key, named("s", "think"), Until::Accepted).await.unwrap();
     assert!(matches!(again, Receipt::Accepted { repeated: true }));
 
@@ -251,7 +255,7 @@ async fn a_revival_during_a_thought_does_not_repeat_the_thought() {
     assert!(matches!(house.send(&key, named("p", "poison")).await, Ok(Receipt::Dead(_))));
     house.router.put_profile(&key, slow(200)).await.unwrap();
     let thought = house.router.submit(&key, text("think"), None, Until::Decided).unwrap();
-    while house.store.waiting(None, 1).await.unwrap().is_empty() {
+    while house.store.waiting(&Scope::all(), None, 1).await.unwrap().is_empty() {
         tokio::task::yield_now().await;
     }
     house.router.revive(&key, &StimulusId::new("p").unwrap()).await.unwrap();
@@ -334,4 +338,27 @@ async fn a_draining_router_refuses() {
     let house = House::build(|_| ()).await;
     house.router.drain();
     assert!(matches!(house.send(&key("a"), text("x")).await, Err(Error::Draining)));
+}
+
+#[actix_rt::test]
+async fn what_another_node_lodged_is_decided_before_what_came_later() {
+    let house = House::build(|_| ()).await;
+    let joining = Joining { shards: 8, ..crate::ownership_contract::joining("a") };
+    house.store.join(&joining).await.unwrap();
+    let key = key("a");
+    house.router.put_profile(&key, counter()).await.unwrap();
+    house.decided(&key, named("one", "one")).await;
+    let (done, end) = Done::channel();
+    let stimuli = vec![Arc::new(named("two", "two")), Arc::new(named("three", "three"))];
+    let fence = Fence { shard: key.shard(8), epoch: 99, lodged: 0 };
+    house.store.submit(Unit { key: key.clone(), fence, work: Work::Lodge { stimuli }, done });
+    end.await.unwrap().unwrap();
+    // The owner is told nothing; what comes next makes it look.
+    let (turn, _) = house.decided(&key, named("four", "four")).await;
+    assert_eq!(turn.turn, 4);
+    let turns = house.store.turns(&key, 0, 9).await.unwrap();
+    let order: Vec<_> = turns.iter().map(|turn| turn.stimulus.id.as_str()).collect();
+    assert_eq!(order, ["one", "two", "three", "four"]);
+    assert!(house.store.waiting(&Scope::all(), None, 9).await.unwrap().is_empty());
+    assert_eq!(house.decided(&key, named("two", "again")).await.0.turn, 2);
 }

@@ -26,7 +26,7 @@ pub struct Subject {
 impl Subject {
     pub fn memory() -> Self {
         let clock = Clock::manual(Millis(1_000_000));
-        let store = MemoryStore::with_clock(true, 100, clock.clone());
+        let store = MemoryStore::shared(true, 100, SHARDS, clock.clone());
         Self { ownership: Arc::new(store.clone()), store: Arc::new(store.clone()), memory: Some((store, clock)) }
     }
 
@@ -84,7 +84,7 @@ fn owner(view: &View, shard: u32) -> (Option<&NodeId>, u64) {
 }
 
 fn fence(shard: u32, epoch: u64) -> Fence {
-    Fence { shard, epoch }
+    Fence { shard, epoch, lodged: 0 }
 }
 
 /// Writes a turn under a fence.
@@ -117,6 +117,7 @@ contract! {
     who_leaves_leaves_nothing
     a_stale_owner_writes_nothing
     a_claim_of_a_shard_that_is_not_there_is_left_out
+    a_drain_is_seen_by_the_node_and_not_taken_back
 }
 
 async fn the_first_node_founds_the_cluster(subject: Subject) {

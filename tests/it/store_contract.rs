@@ -10,9 +10,10 @@ use sophont::{
     config,
     runtime::clock::Clock,
     store::{
-        Committed, DeadLetter, Done, Error, Fence, Head, Known, MqttRow, MqttWrite, Pending, Rejection, Shipping,
-        Store, Unit, Work,
+        Committed, DeadLetter, Done, Error, Feed, Fence, Head, Known, MqttRow, MqttWrite, Pending, Rejection, Scope,
+        Shipping, Store, Unit, Work,
         memory::MemoryStore,
+        ownership::{Claim, Joining, Ownership},
         sqlite::{Options, SqliteStore},
     },
     types::{
@@ -24,8 +25,12 @@ use sophont::{
 /// A store under test, and what it stands on.
 pub struct Subject {
     pub store: Arc<dyn Store>,
+    ownership: Option<Arc<dyn Ownership>>,
     sqlite: Option<Sqlite>,
 }
+
+/// How many shards the stores of several nodes have here.
+pub const SHARDS: u32 = 8;
 
 struct Sqlite {
     store: Option<Arc<SqliteStore>>,
@@ -47,13 +52,26 @@ pub fn settings() -> config::Store {
 
 impl Subject {
     pub fn memory() -> Self {
-        Self { store: Arc::new(MemoryStore::new()), sqlite: None }
+        let memory = MemoryStore::shared(true, 65_536, SHARDS, Clock::System);
+        Self { store: Arc::new(memory.clone()), ownership: Some(Arc::new(memory)), sqlite: None }
     }
 
     pub fn sqlite(options: Options) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let store = SqliteStore::open_with(folder.path(), &settings(), Clock::System, options.clone()).unwrap();
-        Self { store: store.clone(), sqlite: Some(Sqlite { store: Some(store), options, folder }) }
+        Self { store: store.clone(), ownership: None, sqlite: Some(Sqlite { store: Some(store), options, folder }) }
+    }
+
+    /// Gives a shard another epoch, as another owner would; false where fences are not looked at.
+    pub async fn set_epoch(&self, shard: u32, epoch: u64) -> bool {
+        let Some(ownership) = &self.ownership else { return false };
+        let joining = Joining { shards: SHARDS, ..crate::ownership_contract::joining("owner") };
+        ownership.join(&joining).await.unwrap();
+        for before in 0..epoch {
+            let taken = ownership.take(&joining.node, &[Claim { shard, epoch: before }]).await.unwrap();
+            ownership.release(&joining.node, &taken).await.unwrap();
+        }
+        true
     }
 
     pub fn folding() -> Self {
@@ -133,9 +151,18 @@ pub fn effect(index: u32) -> Effect {
 }
 
 pub async fn commit(store: &dyn Store, key: &InstanceKey, work: Work) -> Result<Committed, Rejection> {
+    commit_under(store, fence(key), key, work).await
+}
+
+async fn commit_under(store: &dyn Store, fence: Fence, key: &InstanceKey, work: Work) -> Result<Committed, Rejection> {
     let (done, end) = Done::channel();
-    store.submit(Unit { key: key.clone(), fence: Fence::default(), work, done });
+    store.submit(Unit { key: key.clone(), fence, work, done });
     end.await.unwrap()
+}
+
+/// The first owner's fence.
+pub fn fence(key: &InstanceKey) -> Fence {
+    Fence { shard: key.shard(SHARDS), epoch: 0, lodged: 0 }
 }
 
 /// Commits turns after a head.
@@ -229,6 +256,11 @@ contract! {
     figures_count_what_is_there
     a_probe_writes_and_reads
     a_closed_store_refuses
+    a_stale_fence_is_refused_alone
+    what_was_lodged_comes_first
+    a_lodged_repeat_is_refused
+    a_scope_names_what_is_asked_for
+    each_feed_is_in_order
 }
 
 async fn an_unknown_instance_is_empty(subject: Subject) {
@@ -312,7 +344,7 @@ async fn units_are_applied_in_the_order_of_submission(subject: Subject) {
     for number in 0..50 {
         let (done, end) = Done::channel();
         let work = Work::Accept { stimuli: vec![Arc::new(stimulus(Some(&format!("s{number}"))))] };
-        store.submit(Unit { key: key.clone(), fence: Fence::default(), work, done });
+        store.submit(Unit { key: key.clone(), fence: fence(&key), work, done });
         ends.push(end);
     }
     for end in ends {
@@ -468,7 +500,7 @@ async fn a_forgotten_instance_begins_again(subject: Subject) {
         assert!(store.turns(&key, 0, 9).await.unwrap().is_empty());
         assert!(store.dead_letters(&key, None, 9).await.unwrap().is_empty());
         assert!(store.list(&key.tenant, None, None, 9).await.unwrap().is_empty());
-        assert!(store.waiting(None, 9).await.unwrap().is_empty());
+        assert!(store.waiting(&Scope::all(), None, 9).await.unwrap().is_empty());
         if life == 0 {
             subject.settle().await;
         }
@@ -623,10 +655,10 @@ async fn waiting_instances_are_listed_once(subject: Subject) {
     }
     accept(store, &key_of("another", "z"), &[stimulus(None)]).await.unwrap();
     decide(store, &key("idle"), Head::default(), &[None]).await.unwrap();
-    let all = store.waiting(None, 9).await.unwrap();
+    let all = store.waiting(&Scope::all(), None, 9).await.unwrap();
     assert_eq!(all, [key_of("another", "z"), key("a"), key("b"), key("c")]);
-    assert_eq!(store.waiting(Some(&key("a")), 1).await.unwrap(), [key("b")]);
-    assert!(store.waiting(Some(&key("c")), 9).await.unwrap().is_empty());
+    assert_eq!(store.waiting(&Scope::all(), Some(&key("a")), 1).await.unwrap(), [key("b")]);
+    assert!(store.waiting(&Scope::all(), Some(&key("c")), 9).await.unwrap().is_empty());
 }
 
 async fn recall_ranks_what_was_committed(subject: Subject) {
@@ -676,8 +708,22 @@ async fn recall_is_the_instances_own(subject: Subject) {
     }
 }
 
+/// Instances of a shard, in order of their names.
+fn keys_of(shard: u32, count: usize) -> Vec<InstanceKey> {
+    (0..).map(|n| key(&format!("k{n:06}"))).filter(|key| key.shard(SHARDS) == shard).take(count).collect()
+}
+
+/// A feed of the store that holds the turns of a shard's instances.
+fn feed_of(store: &dyn Store, shard: u32) -> Feed {
+    let feeds = store.feeds(&Scope::of(SHARDS, [shard]));
+    assert_eq!(feeds.len(), 1);
+    feeds[0]
+}
+
 async fn effects_leave_in_commit_order(subject: Subject) {
     let store = &*subject.store;
+    let (keys, feed) = (keys_of(3, 2), feed_of(store, 3));
+    let key = |name: &str| keys[usize::from(name == "b")].clone();
     let hint = store.outgoing_hint();
     let mut heads = BTreeMap::new();
     for round in 0..3u64 {
@@ -690,26 +736,27 @@ async fn effects_leave_in_commit_order(subject: Subject) {
         }
     }
     tokio::time::timeout(std::time::Duration::from_secs(10), hint.notified()).await.unwrap();
-    let all = store.outgoing(0, 99).await.unwrap();
-    let order: Vec<(&str, u64)> = all.iter().map(|o| (o.key.instance.as_str(), o.turn.turn)).collect();
+    let all = store.outgoing(&[(feed, 0)], 99).await.unwrap();
+    let order: Vec<(&str, u64)> =
+        all.iter().map(|o| (if o.key == key("b") { "b" } else { "a" }, o.turn.turn)).collect();
     assert_eq!(order, [("a", 1), ("a", 2), ("b", 2), ("a", 3)]);
     assert!(all.windows(2).all(|pair| pair[0].position < pair[1].position));
-    let rest = store.outgoing(all[1].position, 1).await.unwrap();
+    let rest = store.outgoing(&[(feed, all[1].position)], 1).await.unwrap();
     assert_eq!(rest.iter().map(|o| o.position).collect::<Vec<_>>(), [all[2].position]);
     // Asked again and again at the end, it sees what comes after a quiet stretch.
     let end = all[3].position;
     for _ in 0..2 {
-        assert!(store.outgoing(end, 9).await.unwrap().is_empty());
+        assert!(store.outgoing(&[(feed, end)], 9).await.unwrap().is_empty());
         heads.insert("b", decide(store, &key("b"), heads["b"], &[None]).await.unwrap());
     }
     let mut next = record(heads["b"].turn + 1, stimulus(None));
     next.effects = vec![effect(0)];
     turns(store, &key("b"), heads["b"], vec![next]).await.unwrap();
-    assert_eq!(store.outgoing(end, 9).await.unwrap().len(), 1);
-    assert_eq!(store.outgoing(0, 99).await.unwrap().len(), 5);
-    assert_eq!(store.shipped().await.unwrap(), 0);
-    ship(store, vec![Shipping::Shipped { position: end }]).await;
-    assert_eq!(store.shipped().await.unwrap(), end);
+    assert_eq!(store.outgoing(&[(feed, end)], 9).await.unwrap().len(), 1);
+    assert_eq!(store.outgoing(&[(feed, 0)], 99).await.unwrap().len(), 5);
+    assert_eq!(store.shipped(&[feed]).await.unwrap(), [0]);
+    ship(store, vec![Shipping::Shipped { feed, position: end }]).await;
+    assert_eq!(store.shipped(&[feed]).await.unwrap(), [end]);
 }
 
 async fn ship(store: &dyn Store, writes: Vec<Shipping>) {
@@ -732,17 +779,17 @@ async fn pending_effects_come_due(subject: Subject) {
     let put = |p: &Pending| Shipping::Postpone(Box::new(p.clone()));
     let (late, soon, other) = (pending("a", "1-0", 300), pending("a", "1-1", 100), pending("b", "1-0", 200));
     ship(store, vec![put(&late), put(&soon), put(&other)]).await;
-    assert_eq!(store.due(Millis(250), 9).await.unwrap(), [soon.clone(), other.clone()]);
-    assert_eq!(store.due(Millis(250), 1).await.unwrap(), std::slice::from_ref(&soon));
-    assert!(store.due(Millis(99), 9).await.unwrap().is_empty());
+    assert_eq!(store.due(&Scope::all(), Millis(250), 9).await.unwrap(), [soon.clone(), other.clone()]);
+    assert_eq!(store.due(&Scope::all(), Millis(250), 1).await.unwrap(), std::slice::from_ref(&soon));
+    assert!(store.due(&Scope::all(), Millis(99), 9).await.unwrap().is_empty());
     // Put off again, it replaces itself; settled, it is gone.
     let again = Pending { tries: 2, due: Millis(900), ..soon.clone() };
     ship(store, vec![put(&again), Shipping::Settle { key: other.key.clone(), effect_id: String::from("1-0") }]).await;
-    assert_eq!(store.due(Millis(1000), 9).await.unwrap(), [late, again]);
+    assert_eq!(store.due(&Scope::all(), Millis(1000), 9).await.unwrap(), [late, again]);
     // Forgetting takes the instance's with it.
     decide(store, &key("a"), Head::default(), &[None]).await.unwrap();
     commit(store, &key("a"), Work::Forget).await.unwrap();
-    assert!(store.due(Millis(1000), 9).await.unwrap().is_empty());
+    assert!(store.due(&Scope::all(), Millis(1000), 9).await.unwrap().is_empty());
 }
 
 async fn mqtt_rows_are_kept(subject: Subject) {
@@ -843,4 +890,148 @@ async fn a_closed_store_refuses(subject: Subject) {
     assert!(matches!(end, Err(Rejection::Failed(Error::Closed))), "{end:?}");
     assert!(matches!(store.load(&key).await, Err(Error::Closed)));
     store.close();
+}
+
+async fn a_stale_fence_is_refused_alone(subject: Subject) {
+    let store = &*subject.store;
+    let (mine, other) = (keys_of(1, 1).remove(0), keys_of(2, 1).remove(0));
+    let head = decide(store, &mine, Head::default(), &[None]).await.unwrap();
+    if !subject.set_epoch(1, 7).await {
+        return;
+    }
+    let all: Vec<Work> = vec![
+        Work::Turns { head, turns: vec![Arc::new(record(2, stimulus(None)))] },
+        Work::Accept { stimuli: vec![Arc::new(stimulus(None))] },
+        Work::Bury { stimulus: Arc::new(stimulus(None)), reason: String::new(), tries: 1, at: Millis(1) },
+        Work::Revive { stimulus: id("x") },
+        Work::PutProfile { profile: Arc::default(), at: Millis(1) },
+        Work::Forget,
+    ];
+    for work in all {
+        let what = format!("{work:?}");
+        // Its neighbour in the same commit, of a shard that is as it was, is written.
+        let neighbour = [stimulus(None)];
+        let (stale, good) = tokio::join!(commit(store, &mine, work), accept(store, &other, &neighbour));
+        assert!(matches!(stale, Err(Rejection::Fenced)), "{what}: {stale:?}");
+        good.unwrap();
+    }
+    let loaded = store.load(&mine).await.unwrap();
+    assert!(loaded.inbox.is_empty() && loaded.profile.is_none());
+    assert_eq!(loaded.head, head);
+    assert_eq!(store.load(&other).await.unwrap().inbox.len(), 6);
+    let new = Fence { epoch: 7, ..fence(&mine) };
+    let work = Work::Turns { head, turns: vec![Arc::new(record(2, stimulus(None)))] };
+    assert_eq!(commit_under(store, new, &mine, work).await.unwrap().head.turn, 2);
+}
+
+async fn what_was_lodged_comes_first(subject: Subject) {
+    let (store, key) = (&*subject.store, key("a"));
+    let fenced = subject.set_epoch(key.shard(SHARDS), 2).await;
+    let owner = Fence { epoch: 2, ..fence(&key) };
+    let put = |chosen: &str| vec![Arc::new(stimulus(Some(chosen)))];
+    let waits = put("first");
+    commit_under(store, owner, &key, Work::Accept { stimuli: waits.clone() }).await.unwrap();
+    // Another node has an old epoch, or none.
+    let stimuli = vec![put("lodged-1").remove(0), put("lodged-2").remove(0)];
+    commit_under(store, Fence { epoch: 1, ..owner }, &key, Work::Lodge { stimuli }).await.unwrap();
+    assert_eq!(names(&store.load(&key).await.unwrap().inbox), ["first", "lodged-1", "lodged-2"]);
+    let turn = |number, stimulus| vec![Arc::new(record(number, stimulus))];
+    if fenced {
+        for work in [
+            Work::Accept { stimuli: put("later") },
+            Work::Turns { head: Head::default(), turns: turn(1, stimulus(Some("later"))) },
+        ] {
+            let end = commit_under(store, owner, &key, work).await;
+            assert!(matches!(end, Err(Rejection::Behind { lodged: 2 })), "{end:?}");
+        }
+    }
+    // What stood there before is decided all the same, and so is everything once the owner has looked.
+    let work = Work::Turns { head: Head::default(), turns: turn(1, (*waits[0]).clone()) };
+    let head = commit_under(store, owner, &key, work).await.unwrap().head;
+    let looked = Fence { lodged: 2, ..owner };
+    let work = Work::Turns { head, turns: turn(2, stimulus(Some("later"))) };
+    commit_under(store, looked, &key, work).await.unwrap();
+    commit_under(store, looked, &key, Work::Accept { stimuli: put("last") }).await.unwrap();
+    assert_eq!(names(&store.load(&key).await.unwrap().inbox), ["lodged-1", "lodged-2", "last"]);
+}
+
+async fn a_lodged_repeat_is_refused(subject: Subject) {
+    let (store, key) = (&*subject.store, key("a"));
+    let head = decide(store, &key, Head::default(), &[Some("decided")]).await.unwrap();
+    accept(store, &key, &[stimulus(Some("waits"))]).await.unwrap();
+    for (chosen, number) in [("decided", 1), ("waits", 0)] {
+        let stimuli = vec![Arc::new(stimulus(None)), Arc::new(stimulus(Some(chosen)))];
+        let (index, known) = duplicate(commit(store, &key, Work::Lodge { stimuli }).await);
+        assert_eq!(index, 1);
+        assert!(match known {
+            Known::Decided(record) => record.turn == number,
+            Known::Waiting(waiting) => waiting.id == id("waits"),
+            Known::Dead(_) => false,
+        });
+    }
+    // Nothing was lodged, so nobody has to look.
+    decide(store, &key, head, &[None]).await.unwrap();
+}
+
+async fn a_scope_names_what_is_asked_for(subject: Subject) {
+    let store = &*subject.store;
+    let (one, two) = (keys_of(1, 2), keys_of(2, 1));
+    for key in one.iter().chain(&two) {
+        accept(store, key, &[stimulus(None)]).await.unwrap();
+        let pending = Pending {
+            key: key.clone(),
+            effect_id: String::from("1-0"),
+            effect: effect(0),
+            reply: None,
+            stimulus: id("s"),
+            tries: 1,
+            due: Millis(5),
+        };
+        ship(store, vec![Shipping::Postpone(Box::new(pending))]).await;
+    }
+    for (shards, expected) in
+        [(vec![1], one.clone()), (vec![2], two.clone()), (vec![3], vec![]), (vec![1, 2], [one, two].concat())]
+    {
+        let scope = Scope::of(SHARDS, shards);
+        let mut expected = expected;
+        expected.sort();
+        assert_eq!(store.waiting(&scope, None, 9).await.unwrap(), expected);
+        if let [first, rest @ ..] = expected.as_slice() {
+            assert_eq!(store.waiting(&scope, Some(first), 9).await.unwrap(), rest);
+        }
+        let due = store.due(&scope, Millis(9), 9).await.unwrap();
+        assert_eq!(due.into_iter().map(|row| row.key).collect::<Vec<_>>(), expected);
+    }
+    assert_eq!(store.due(&Scope::of(SHARDS, [1]), Millis(9), 1).await.unwrap().len(), 1);
+}
+
+async fn each_feed_is_in_order(subject: Subject) {
+    let store = &*subject.store;
+    let (one, two) = (keys_of(1, 2), keys_of(2, 1));
+    for key in one.iter().chain(&two).chain(&one) {
+        let head = store.load(key).await.unwrap().head;
+        let mut next = record(head.turn + 1, stimulus(None));
+        next.effects = vec![effect(0)];
+        turns(store, key, head, vec![next]).await.unwrap();
+    }
+    let feeds = store.feeds(&Scope::of(SHARDS, [1, 2]));
+    let from: Vec<_> = feeds.iter().map(|feed| (*feed, 0)).collect();
+    let all = store.outgoing(&from, 99).await.unwrap();
+    assert_eq!(all.len(), 5);
+    for feed in &feeds {
+        let of: Vec<_> = all.iter().filter(|outgoing| outgoing.feed == *feed).collect();
+        assert!(of.windows(2).all(|pair| pair[0].position < pair[1].position));
+        // What is missing of a feed comes after what is given.
+        let mut after = 0;
+        for expected in &of {
+            let next = store.outgoing(&[(*feed, after)], 1).await.unwrap();
+            assert_eq!((next[0].position, &next[0].key), (expected.position, &expected.key));
+            after = next[0].position;
+        }
+        assert!(store.outgoing(&[(*feed, after)], 1).await.unwrap().is_empty());
+        ship(store, vec![Shipping::Shipped { feed: *feed, position: after }]).await;
+        ship(store, vec![Shipping::Shipped { feed: *feed, position: after - 1 }]).await;
+        assert_eq!(store.shipped(&[*feed]).await.unwrap(), [after], "it never goes back");
+    }
+    assert!(store.outgoing(&[], 9).await.unwrap().is_empty());
 }

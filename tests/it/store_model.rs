@@ -6,7 +6,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use sophont::{
-    store::{Head, Known, Rejection, Work, sqlite::Options},
+    store::{Head, Known, Rejection, Scope, Work, sqlite::Options},
     types::{InstanceKey, Millis, Profile, Stimulus, StimulusId, TurnRecord},
 };
 
@@ -213,7 +213,7 @@ impl Run {
         let mut waiting: Vec<_> =
             self.lives.iter().filter(|(_, l)| !l.inbox.is_empty()).map(|(k, _)| k.clone()).collect();
         waiting.sort();
-        assert_eq!(store.waiting(None, 99).await.unwrap(), waiting);
+        assert_eq!(store.waiting(&Scope::all(), None, 99).await.unwrap(), waiting);
     }
 }
 

@@ -14,7 +14,7 @@ use sophont::{
     config,
     runtime::clock::Clock,
     store::{
-        Done, Error, Fence, Head, Known, Reader as _, Rejection, Store as _, Unit, Work, Writer as _,
+        Done, Error, Feed, Fence, Head, Known, Reader as _, Rejection, Store as _, Unit, Work, Writer as _,
         sqlite::{Options, SqliteStore},
     },
     types::{Fault as _, Millis},
@@ -83,7 +83,7 @@ async fn a_crash_loses_nothing_acknowledged() {
                 let again = decide(&*crashed, &key, *head, &[Some("s0")]).await;
                 assert!(matches!(again, Err(Rejection::Duplicate { known: Known::Decided(_), .. })), "{again:?}");
             }
-            assert_eq!(crashed.outgoing(0, 999).await.unwrap().len(), 5 * (round + 1));
+            assert_eq!(crashed.outgoing(&[(Feed(0), 0)], 999).await.unwrap().len(), 5 * (round + 1));
         }
     }
 }
@@ -97,12 +97,12 @@ async fn a_position_is_never_given_out_twice() {
         let mut next = record(1, stimulus(None));
         next.effects = vec![effect(0)];
         turns(&*store, &key("a"), Head::default(), vec![next]).await.unwrap();
-        let position = store.outgoing(0, 9).await.unwrap().last().unwrap().position;
+        let position = store.outgoing(&[(Feed(0), 0)], 9).await.unwrap().last().unwrap().position;
         assert!(position > last, "life {life}: {position} after {last}");
         last = position;
         commit(&*store, &key("a"), Work::Forget).await.unwrap();
         store.settle().await.unwrap();
-        assert!(store.outgoing(0, 9).await.unwrap().is_empty(), "the forgotten turns are removed");
+        assert!(store.outgoing(&[(Feed(0), 0)], 9).await.unwrap().is_empty(), "the forgotten turns are removed");
         if life % 2 == 0 {
             store.close();
         }

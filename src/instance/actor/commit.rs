@@ -25,7 +25,12 @@ impl InstanceActor {
             return self.committed(Err(Rejection::Fenced), ctx);
         }
         let (done, end) = Done::channel();
-        self.environment.store.submit(Unit { key: self.key.clone(), fence: self.tenure.fence(), work, done });
+        self.environment.store.submit(Unit {
+            key: self.key.clone(),
+            fence: self.tenure.fence(self.lodged),
+            work,
+            done,
+        });
         ctx.spawn(end.into_actor(self).map(|end, actor, ctx| {
             let end = end.unwrap_or(Err(Rejection::Failed(crate::store::Error::Closed)));
             actor.committed(end, ctx);
@@ -88,6 +93,12 @@ impl InstanceActor {
                 self.put_back(out);
                 self.tenure.lose();
                 self.fence(ctx);
+            }
+            // Others lodged something that comes before this unit: it is read first, and goes before what is put back.
+            Err(Rejection::Behind { lodged }) => {
+                self.put_back(out);
+                self.tenure.learn_lodged(lodged);
+                self.reload(ctx);
             }
             Err(Rejection::Duplicate { index, known }) => self.repeated(out, index, known, ctx),
             Err(Rejection::NotFound) => {

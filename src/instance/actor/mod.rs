@@ -129,6 +129,8 @@ pub struct InstanceActor {
     head: Head,
     version: u64,
     since_full: u64,
+    /// How many stimuli were lodged for the shard when it was last loaded, as far as was known.
+    lodged: u64,
     state: State,
     agenda: Option<Box<Agenda>>,
 }
@@ -146,6 +148,7 @@ impl InstanceActor {
             head: Head::default(),
             version: 0,
             since_full: 0,
+            lodged: 0,
             state: State::Open(Box::default()),
             agenda: None,
         }
@@ -198,6 +201,7 @@ impl InstanceActor {
             return self.go_on(ctx);
         }
         self.become_(Phase::Activating);
+        self.lodged = self.tenure.lodged();
         let store = self.environment.store.clone();
         let key = self.key.clone();
         ctx.spawn(async move { store.load(&key).await }.into_actor(self).map(|loaded, actor, ctx| {

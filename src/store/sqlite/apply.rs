@@ -52,7 +52,8 @@ impl Writer<'_> {
         let key = &unit.key;
         match &unit.work {
             Work::Turns { head, turns } => self.apply_turns(key, *head, turns),
-            Work::Accept { stimuli } => self.accept(key, stimuli),
+            // One process has the file: who lodges is who owns.
+            Work::Accept { stimuli } | Work::Lodge { stimuli } => self.accept(key, stimuli),
             Work::Bury { stimulus, reason, tries, at } => self.bury(key, stimulus, reason, *tries, *at),
             Work::Revive { stimulus } => self.revive(key, stimulus),
             Work::PutProfile { profile, at } => self.put_profile(key, profile, *at),
@@ -305,7 +306,7 @@ impl Writer<'_> {
 
     pub(super) fn apply_shipping(&mut self, write: &Shipping) -> Result<(), Error> {
         match write {
-            Shipping::Shipped { position } => {
+            Shipping::Shipped { position, .. } => {
                 let shipped = rows::meta(self.db, "shipped")?.max(*position);
                 rows::set_meta(self.db, "shipped", shipped)
             }

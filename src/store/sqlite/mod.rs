@@ -57,8 +57,8 @@ use self::{
     writer::{Job, Shared, Writer as WriterThread},
 };
 use super::{
-    DeadLetter, Done, Episode, Error, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing, Pending, Reader, Rejection,
-    Shipping, Stats, Store, Unit, Writer,
+    DeadLetter, Done, Episode, Error, Feed, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing, Pending, Reader,
+    Rejection, Scope, Shipping, Stats, Store, Unit, Writer,
 };
 use crate::{
     config,
@@ -310,9 +310,14 @@ impl Reader for SqliteStore {
         .await
     }
 
-    async fn waiting(&self, after: Option<&InstanceKey>, limit: usize) -> Result<Vec<InstanceKey>, Error> {
-        let after = after.cloned();
-        self.read(move |view| view.waiting(after.as_ref(), limit)).await
+    async fn waiting(
+        &self,
+        scope: &Scope,
+        after: Option<&InstanceKey>,
+        limit: usize,
+    ) -> Result<Vec<InstanceKey>, Error> {
+        let (scope, after) = (scope.clone(), after.cloned());
+        self.read(move |view| view.waiting(&scope, after.as_ref(), limit)).await
     }
 
     async fn dead_letters(
@@ -330,7 +335,12 @@ impl Reader for SqliteStore {
         self.read(move |view| view.recall(&key, &query, limit)).await
     }
 
-    async fn outgoing(&self, after: i64, limit: usize) -> Result<Vec<Outgoing>, Error> {
+    fn feeds(&self, _: &Scope) -> Vec<Feed> {
+        vec![Feed(0)]
+    }
+
+    async fn outgoing(&self, after: &[(Feed, i64)], limit: usize) -> Result<Vec<Outgoing>, Error> {
+        let Some((_, after)) = after.iter().copied().find(|(feed, _)| *feed == Feed(0)) else { return Ok(Vec::new()) };
         // Delivery asks again and again from where it stands: what is known to be quiet is not searched again.
         let (quiet_from, quiet_to) = *self.quiet.lock().unwrap_or_else(PoisonError::into_inner);
         let from = if (quiet_from..quiet_to).contains(&after) { quiet_to } else { after };
@@ -341,12 +351,14 @@ impl Reader for SqliteStore {
         Ok(outgoing)
     }
 
-    async fn shipped(&self) -> Result<i64, Error> {
-        self.read(|view| view.shipped()).await
+    async fn shipped(&self, feeds: &[Feed]) -> Result<Vec<i64>, Error> {
+        let shipped = self.read(|view| view.shipped()).await?;
+        Ok(feeds.iter().map(|feed| if *feed == Feed(0) { shipped } else { 0 }).collect())
     }
 
-    async fn due(&self, now: Millis, limit: usize) -> Result<Vec<Pending>, Error> {
-        self.read(move |view| view.due(now, limit)).await
+    async fn due(&self, scope: &Scope, now: Millis, limit: usize) -> Result<Vec<Pending>, Error> {
+        let scope = scope.clone();
+        self.read(move |view| view.due(&scope, now, limit)).await
     }
 
     async fn mqtt_rows(&self) -> Result<Vec<MqttRow>, Error> {
@@ -365,7 +377,7 @@ impl Reader for SqliteStore {
         self.queue(Job::Probe(done));
         let both = async {
             outcome(end.await)?;
-            self.shipped().await.map(drop)
+            self.shipped(&[Feed(0)]).await.map(drop)
         };
         let late = Error::Backend(format!("no commit and read within {deadline:?}"));
         tokio::time::timeout(deadline, both).await.unwrap_or(Err(late))

@@ -15,8 +15,8 @@ use super::{
 };
 use crate::{
     store::{
-        DeadLetter, Error, Head, Known, Listed, Loaded, MAX_LOCATED, MqttRow, Outgoing, Pending, Stats, links::Place,
-        replay,
+        DeadLetter, Error, Feed, Head, Known, Listed, Loaded, MAX_LOCATED, MqttRow, Outgoing, Pending, Scope, Stats,
+        links::Place, replay,
     },
     types::{
         InstanceId, InstanceKey, Millis, Profile, StateChange, StateSnapshot, Stimulus, StimulusId, TenantId,
@@ -246,7 +246,12 @@ impl View {
         Ok(listed)
     }
 
-    pub(super) fn waiting(&self, after: Option<&InstanceKey>, limit: usize) -> Result<Vec<InstanceKey>, Error> {
+    pub(super) fn waiting(
+        &self,
+        scope: &Scope,
+        after: Option<&InstanceKey>,
+        limit: usize,
+    ) -> Result<Vec<InstanceKey>, Error> {
         let tx = self.begin()?;
         // One seek per instance, however many stimuli wait for it.
         let mut query = tx.prepare_cached(
@@ -254,14 +259,18 @@ impl View {
              ORDER BY tenant, instance LIMIT 1",
         )?;
         let mut keys: Vec<InstanceKey> = Vec::new();
+        let mut seen = after.cloned();
         while keys.len() < limit {
-            let last = keys.last().or(after);
+            let last = seen.as_ref();
             let names = params![last.map_or("", |k| k.tenant.as_str()), last.map_or("", |k| k.instance.as_str())];
             let mut found = query.query(names)?;
             let Some(row) = found.next()? else { break };
             let key = rows::key(row, 0, 1)?;
             drop(found);
-            keys.push(key);
+            if scope.contains(&key) {
+                keys.push(key.clone());
+            }
+            seen = Some(key);
         }
         Ok(keys)
     }
@@ -300,7 +309,7 @@ impl View {
             let position = row.get(0)?;
             let (_, bytes) = record::decode_row(rows::blob(row, 3)?, position)?;
             let turn = Arc::new(record::decode_record(bytes, position)?);
-            outgoing.push(Outgoing { position, key: rows::key(row, 1, 2)?, turn });
+            outgoing.push(Outgoing { feed: Feed(0), position, key: rows::key(row, 1, 2)?, turn });
         }
         Ok((outgoing, newest.unwrap_or(0)))
     }
@@ -309,16 +318,20 @@ impl View {
         rows::meta(&self.db, "shipped")
     }
 
-    pub(super) fn due(&self, now: Millis, limit: usize) -> Result<Vec<Pending>, Error> {
+    pub(super) fn due(&self, scope: &Scope, now: Millis, limit: usize) -> Result<Vec<Pending>, Error> {
         let tx = self.begin()?;
         let mut query = tx.prepare_cached(
             "SELECT tenant, instance, effect, tries, due, rec FROM pending WHERE due <= ?1
-             ORDER BY due, tenant, instance, effect LIMIT ?2",
+             ORDER BY due, tenant, instance, effect",
         )?;
-        let mut found = query.query(params![now.0, limit])?;
+        let mut found = query.query(params![now.0])?;
         let mut due = Vec::new();
-        while let Some(row) = found.next()? {
+        while due.len() < limit {
+            let Some(row) = found.next()? else { break };
             let (key, time) = (rows::key(row, 0, 1)?, Millis(row.get(4)?));
+            if !scope.contains(&key) {
+                continue;
+            }
             due.push(record::decode_pending(key, row.get(2)?, row.get(3)?, time, rows::blob(row, 5)?)?);
         }
         Ok(due)
