@@ -120,13 +120,21 @@ impl Door {
             }
             None => read(USUAL_TOKEN),
         };
+        Self::with_token(base, token.map(SecretString::from))
+    }
+
+    /// As [`Door::new`], for an address that is known to be one.
+    ///
+    /// # Errors
+    /// A client cannot be made.
+    pub fn with_token(base: Url, token: Option<SecretString>) -> Result<Self, Failure> {
         let mut client = reqwest::Client::builder().connect_timeout(CONNECT).read_timeout(SILENCE);
         if is_this_machine(&base) {
             // A proxy that is configured for the rest of the world does not lead here.
             client = client.no_proxy();
         }
         let client = client.build().map_err(|error| Failure::new(chain(&error)))?;
-        Ok(Self { client, base, token: token.map(SecretString::from) })
+        Ok(Self { client, base, token })
     }
 
     /// The door's address.

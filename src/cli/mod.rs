@@ -11,6 +11,7 @@ use clap::{Args, Parser, Subcommand, error::ErrorKind};
 use crate::config::{self, Loaded, Problem, Sources};
 
 pub mod chat;
+pub mod check_history;
 mod door;
 mod failure;
 mod inspect;
@@ -63,6 +64,8 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Say `ready` when a node takes work, for scripts and container health checks.
     Health(door::DoorArgs),
+    /// Hold what clients wrote down against what is stored: which promises were kept.
+    CheckHistory(check_history::CheckArgs),
     /// Measure a server under load, and check what it promised.
     Load(Box<load::Args>),
 }
@@ -153,6 +156,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Some(Command::Chat(args)) => chat::run(&args),
         Some(Command::Inspect(args)) => inspect::run(&args),
         Some(Command::Health(args)) => inspect::health(&args),
+        Some(Command::CheckHistory(args)) => check_history::run(&args),
         Some(Command::Load(args)) => load::run(&args).map_err(|error| Failure::of(&error)),
     }
 }

@@ -15,7 +15,7 @@ use std::{
 };
 
 use serde_json::Value;
-use sophont::cli::load::verify::{Seen, Verdict};
+use sophont::cli::check_history::check::{Seen, Stored, Verdict};
 
 use tokio::task::LocalSet;
 
@@ -56,14 +56,13 @@ fn check(load: &Load, turns: &HashMap<String, Vec<Value>>) -> Verdict {
     let mut verdict = Verdict::default();
     let log = load.log();
     for instance in log.instances() {
-        let seen: Vec<Seen> = turns[instance]
-            .iter()
-            .map(|turn| Seen {
-                turn: turn["turn"].as_u64().expect("a turn's number"),
-                id: turn["stimulus"]["content"].as_str().expect("a stimulus's content").to_owned(),
-            })
-            .collect();
-        verdict.check_instance(instance, log.sent(instance), &seen);
+        let turns = turns[instance].iter().map(|turn| Seen {
+            turn: turn["turn"].as_u64().expect("a turn's number"),
+            id: turn["stimulus"]["content"].as_str().expect("a stimulus's content").to_owned(),
+            ..Seen::default()
+        });
+        let stored = Stored { turns: turns.collect(), ..Stored::default() };
+        verdict.check_instance(instance, log.sent(instance), &stored);
     }
     verdict
 }

@@ -68,6 +68,24 @@ fn an_open_loop_run_keeps_its_rate_and_verifies() {
 }
 
 #[test]
+fn the_history_of_a_run_is_judged_by_check_history() {
+    for (manner, code) in [(Manner::Honest, 0), (Manner::Repeats, 1)] {
+        let server = StandIn::start(manner);
+        let (url, folder) = (format!("http://{}", server.http), TempDir::new().unwrap());
+        let history = folder.path().join("history.jsonl");
+        let file = history.to_str().unwrap();
+        let short = ["--url", &url, "--instances", "40", "--warmup", "0", "--runs", "1", "--history", file];
+        assert_done(&load(&[RATE, &short].concat()).0, 0);
+        let sophont = env!("CARGO_BIN_EXE_sophont");
+        let output = Command::new(sophont).args(["check-history", "--json", file, "--url", &url]).output().unwrap();
+        assert_done(&output, code);
+        let verdict: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!((&verdict["sent"], &verdict["acked"]), (&1000.into(), &1000.into()), "{verdict:#}");
+        assert_eq!(verdict["doubled"].as_u64().unwrap() > 0, code == 1, "{verdict:#}");
+    }
+}
+
+#[test]
 fn the_checker_finds_what_a_server_did_wrong() {
     for (manner, violation) in [(Manner::Forgets, "lost"), (Manner::Repeats, "doubled"), (Manner::Swaps, "moved")] {
         let (output, report) = load_stand_in(manner, &[RATE, &["--verify"]].concat());

@@ -7,6 +7,7 @@
 mod support;
 
 mod activation;
+mod check_history;
 mod cli;
 mod config;
 mod crash;

@@ -168,6 +168,9 @@ pub struct Args {
     /// Afterwards read all turns back and check that each acknowledged stimulus is there once and in order.
     #[arg(long)]
     pub verify: bool,
+    /// Write what was sent and answered to this file, for `sophont check-history`.
+    #[arg(long, value_name = "FILE")]
+    pub history: Option<PathBuf>,
     /// First find the highest rate whose p99 stays within --p99-ms, then measure at it.
     #[arg(long)]
     pub ramp: bool,
@@ -198,6 +201,11 @@ impl Args {
     /// Instances, by flag or by scenario.
     pub fn instances(&self) -> u64 {
         self.instances.unwrap_or(self.scenario.default_instances())
+    }
+
+    /// Whether each stimulus and its answer are kept.
+    pub const fn keeps_log(&self) -> bool {
+        self.verify || self.history.is_some()
     }
 
     /// Connections as a count.

@@ -8,9 +8,11 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Instant,
 };
 
 use super::{
+    super::check_history::log::{Door, What},
     args::Engine,
     http::Job,
     record::Entry,
@@ -143,7 +145,7 @@ impl Job for Post {
         self.request.set(Slot::Seq, u64::from(self.seq));
         if let Some(log) = &mut self.log {
             let instance = u32::try_from(instance).unwrap_or(u32::MAX);
-            log.push(Entry { instance, sender: self.sender, seq: self.seq, turn: 0, acked: false });
+            log.push(Entry::new(instance, self.sender, self.seq, Instant::now(), Door::Http));
         }
         Some(self.request.bytes())
     }
@@ -151,7 +153,12 @@ impl Job for Post {
     /// 200 carries the turn; 202 is durable but not decided in time. Both are acknowledgements, only 200 is a success.
     fn answered(&mut self, status: u16, body: &[u8]) -> bool {
         if let Some(entry) = self.log.as_mut().and_then(|log| log.last_mut()) {
-            entry.acked = (200..300).contains(&status);
+            let what = match status {
+                200 => What::Decided,
+                201..300 => What::Accepted,
+                _ => What::Refused,
+            };
+            entry.answer = Some((Instant::now(), what));
             if status == 200 {
                 let turn = number_after(body, b"\"turn\":").unwrap_or(0);
                 entry.turn = u32::try_from(turn).unwrap_or(0);
@@ -269,7 +276,9 @@ mod tests {
         );
         assert!(post.answered(200, b"{\"turn\":9}"));
         assert!(post.next().is_none());
-        assert_eq!(post.take_log(), [Entry { instance: 7, sender: 2, seq: 1, turn: 9, acked: true }]);
+        let [entry] = post.take_log()[..] else { panic!("one entry") };
+        assert_eq!((entry.instance, entry.sender, entry.seq, entry.turn), (7, 2, 1, 9));
+        assert!(entry.is_accepted());
     }
 
     #[test]
@@ -280,7 +289,7 @@ mod tests {
             let mut post = Post::new(&address, &stimulus_body("r", true, 0), 2, choice(), true);
             post.next().unwrap();
             assert_eq!(post.answered(status, b"{}"), good);
-            assert_eq!(post.take_log()[0].acked, acked);
+            assert_eq!(post.take_log()[0].is_accepted(), acked);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `sophont load`: measures a server under load and checks what it promised.
 //!
 //! Owns: scenarios, an open-loop generator over HTTP and MQTT, the reading of the server's CPU and memory, tables and
-//! comparison, and the history checker ([`verify`]). Not here: the server.
+//! comparison. Not here: the server, and the history checker (`check_history`).
 //!
 //! Invariants: latency counts from the intended start; the generator says how late it was itself; closed-loop figures are
 //! marked as such; a server started here is ended here. Tests: at the foot of each file, and `tests/it/load.rs`.
@@ -23,20 +23,21 @@ use crate::{
 };
 use report::Report;
 
+use super::check_history::check::Verdict;
+
 mod args;
 mod drive;
+mod history;
 mod http;
 mod job;
 mod machine;
 mod mqtt;
 mod ramp;
-mod readback;
 mod record;
 mod report;
 mod scenario;
 mod schedule;
 mod server;
-pub mod verify;
 mod wire;
 
 /// Why a measurement could not be made.
@@ -113,7 +114,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Error> {
         let text = serde_json::to_vec_pretty(&report).map_err(|e| Error::io("writing the report", e.into()))?;
         std::fs::write(path, text).map_err(|e| Error::io(format!("writing {}", path.display()), e))?;
     }
-    let clean = report.verdict.as_ref().is_none_or(verify::Verdict::is_clean);
+    let clean = report.verdict.as_ref().is_none_or(Verdict::is_clean);
     Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

@@ -19,6 +19,7 @@ use tokio::{
 };
 
 use super::{
+    super::check_history::log::{Door, What},
     Error,
     drive::{Orders, Pace, Plan},
     record::{Entry, Record},
@@ -381,7 +382,7 @@ impl Device {
         if self.devices.log {
             let sender = self.devices.first_sender + u32::try_from(self.number).unwrap_or(u32::MAX);
             let instance = u32::try_from(instance).unwrap_or(u32::MAX);
-            self.log.push(Entry { instance, sender, seq: self.seq, turn: 0, acked: false });
+            self.log.push(Entry::new(instance, sender, self.seq, now, Door::Mqtt));
         }
         if self.plan.window.holds(due) {
             self.record.borrow_mut().lag.add(now.saturating_duration_since(due));
@@ -432,6 +433,9 @@ impl Device {
         };
         self.free.push(packet_id);
         let counted = self.plan.window.holds(open.due);
+        if let Some(entry) = self.log.get_mut(open.log_at) {
+            entry.answer = Some((now, if reason >= 0x80 { What::Refused } else { What::Accepted }));
+        }
         if reason >= 0x80 {
             self.take_awaited(open.seq);
             self.progress.bad.fetch_add(1, Ordering::Relaxed);
@@ -441,9 +445,6 @@ impl Device {
             return;
         }
         self.progress.done.fetch_add(1, Ordering::Relaxed);
-        if let Some(entry) = self.log.get_mut(open.log_at) {
-            entry.acked = true;
-        }
         if counted {
             self.record.borrow_mut().latency.add(now - open.due);
         }

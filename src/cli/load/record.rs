@@ -14,8 +14,8 @@ use std::{
 use hdrhistogram::Histogram;
 
 use super::{
+    super::check_history::log::{Door, What},
     report::{Figure, to_f64},
-    verify::Sent,
 };
 
 /// Longest latency told apart; longer ones count as this.
@@ -32,8 +32,12 @@ pub struct Entry {
     pub seq: u32,
     /// The turn the acknowledgement named; 0 when it named none.
     pub turn: u32,
-    /// Whether it was acknowledged.
-    pub acked: bool,
+    /// When it left.
+    pub sent: Instant,
+    /// When it was answered, and what the answer means.
+    pub answer: Option<(Instant, What)>,
+    /// The door it went through.
+    pub door: Door,
 }
 
 /// The stimulus id of an entry. `nonce` tells the runs against one server apart.
@@ -42,15 +46,14 @@ pub fn stimulus_id(nonce: &str, sender: u32, seq: u32) -> String {
 }
 
 impl Entry {
-    /// The entry as the checker takes it.
-    pub fn to_sent(self, nonce: &str) -> Sent {
-        Sent {
-            sender: format!("{nonce}-{:05}", self.sender),
-            seq: u64::from(self.seq),
-            id: stimulus_id(nonce, self.sender, self.seq),
-            acked: self.acked,
-            turn: (self.turn > 0).then_some(u64::from(self.turn)),
-        }
+    /// An entry about to be sent.
+    pub const fn new(instance: u32, sender: u32, seq: u32, sent: Instant, door: Door) -> Self {
+        Self { instance, sender, seq, turn: 0, sent, answer: None, door }
+    }
+
+    /// Whether the server said that it is durable.
+    pub const fn is_accepted(&self) -> bool {
+        matches!(self.answer, Some((_, What::Accepted | What::Decided)))
     }
 }
 
@@ -233,13 +236,6 @@ mod tests {
         a.merge(b);
         assert_eq!((a.failed, a.refused[&429], a.first_failure.as_deref()), (2, 2, Some("reset")));
         assert_eq!(a.trouble().len(), 2);
-    }
-
-    #[test]
-    fn an_entry_has_the_id_that_was_sent() {
-        let entry = Entry { instance: 1, sender: 2, seq: 3, turn: 0, acked: true };
-        let sent = entry.to_sent("r1");
-        assert_eq!((sent.id.as_str(), sent.turn, sent.acked), ("r1-00002-000000003", None, true));
     }
 
     #[test]

@@ -6,7 +6,10 @@ use std::fmt::Write as _;
 
 use serde::{Deserialize, Serialize};
 
-use super::{machine::Machine, verify::Verdict};
+use super::{
+    super::check_history::{self, check::Verdict},
+    machine::Machine,
+};
 
 /// One measured value of one run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -158,7 +161,8 @@ impl Report {
             let _ = writeln!(out, "- {note}");
         }
         if let Some(verdict) = &self.verdict {
-            out.push_str(&verdict_text(verdict));
+            out.push_str("\nverified: ");
+            out.push_str(&check_history::table(verdict));
         }
         out
     }
@@ -190,18 +194,6 @@ fn change(before: &Row, now: &Row) -> String {
     let percent = (now.median / before.median - 1.0) * 100.0;
     let apart = now.min > before.max || now.max < before.min;
     format!("{percent:+.1} %{}", if apart { "" } else { " (ranges overlap)" })
-}
-
-fn verdict_text(v: &Verdict) -> String {
-    let mut out = format!(
-        "\nverified {} instances: {} sent, {} acknowledged, {} turns read back ({} foreign)\n\
-         lost {}, doubled {}, disordered {}, moved {}, gaps {}\n",
-        v.instances, v.sent, v.acked, v.turns, v.foreign, v.lost, v.doubled, v.disordered, v.moved, v.gaps
-    );
-    for example in &v.examples {
-        let _ = writeln!(out, "  VIOLATION {example}");
-    }
-    out
 }
 
 /// A count as a figure.

@@ -13,6 +13,7 @@
 //! | `chores`, `checkpoint` | removal and expiry; the write-ahead log |
 //! | `reader`, `query`, `recall` | the threads that read; what they read |
 //! | `rows`, `counts`, `queue` | single rows; rows per instance; the bounded queue |
+//! | `copy` | the whole database at one moment |
 //!
 //! Invariants: those of `store`, and: no statement names an instance without its tenant; the memtable and the folded
 //! tables together know exactly the log. Decisions: `docs/adr/0002-turn-and-commit.md`, `docs/adr/0005-storage-format-and-versioning.md`.
@@ -21,6 +22,7 @@
 mod apply;
 mod checkpoint;
 mod chores;
+mod copy;
 mod counts;
 mod fold;
 mod memtable;
@@ -48,6 +50,7 @@ use std::{
 use async_trait::async_trait;
 use tokio::sync::Notify;
 
+pub use self::copy::copy;
 use self::{
     checkpoint::Checkpoints,
     memtable::Memtable,

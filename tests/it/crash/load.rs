@@ -16,7 +16,7 @@ use std::{
 };
 
 use serde_json::json;
-use sophont::cli::load::verify::{Event, Log};
+use sophont::cli::check_history::log::{Answer, Door, Event, Log, Send, What};
 use tokio::task::JoinSet;
 
 use crate::support::{
@@ -79,14 +79,16 @@ impl Shared {
         self.log.lock().expect("the log")
     }
 
-    fn sent(&self, instance: &str, sender: &str, seq: u64, id: &str) {
+    fn sent(&self, instance: &str, sender: &str, seq: u64, id: &str, door: Door) {
         let [instance, sender, id] = [instance, sender, id].map(str::to_owned);
-        assert!(self.log().push(Event::Sent { instance, sender, seq, id }));
+        assert!(self.log().push(Event::Sent(Send { instance, sender, id, seq, door, ..Send::default() })));
     }
 
     fn acknowledged(&self, instance: &str, id: &str, turn: Option<u64>) {
         let [instance, id] = [instance, id].map(str::to_owned);
-        assert!(self.log().push(Event::Ack { instance, id, turn }), "it was sent before");
+        let what = if turn.is_some() { What::Decided } else { What::Accepted };
+        let answer = Answer { at: None, client: None, instance, id, what, turn, content: None, code: None };
+        assert!(self.log().push(Event::Answer(answer)), "it was sent before");
         self.acknowledged.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -143,7 +145,7 @@ impl Load {
                     return;
                 }
                 let id = format!("{sender}-{seq}");
-                shared.sent(&instance, &sender, seq, &id);
+                shared.sent(&instance, &sender, seq, &id, Door::Http);
                 let turn = until_accepted(&http, &instance, &id, wait).await;
                 shared.acknowledged(&instance, &id, turn);
             }
@@ -158,7 +160,7 @@ impl Load {
                     return;
                 }
                 let id = format!("{sender}-{seq}");
-                shared.sent(&instance, &sender, seq, &id);
+                shared.sent(&instance, &sender, seq, &id, Door::Http);
                 let one = until_accepted(&http, &instance, &id, "?wait=30");
                 let (one, other) = tokio::join!(one, until_accepted(&http, &instance, &id, "?wait=30"));
                 if one.is_some() && other.is_some() && one != other {
@@ -329,7 +331,7 @@ impl Device {
 
     async fn publish_next(&mut self, connection: &mut Connection) -> io::Result<()> {
         let id = format!("{}-{}", self.sender, self.next);
-        self.shared.sent(&self.instance, &self.sender, self.next, &id);
+        self.shared.sent(&self.instance, &self.sender, self.next, &id, Door::Mqtt);
         self.next += 1;
         // The lowest free one: packet ids are reused at once, which a server that recognises repeats by them must bear.
         let free = |packet_id: &u16| self.in_flight.iter().all(|waiting| waiting.packet_id != *packet_id);

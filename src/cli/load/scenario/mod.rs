@@ -14,18 +14,18 @@ use std::{
 };
 
 use super::{
+    super::check_history::check::Verdict,
     Error,
     args::{Args, Engine, Rate, Scenario, address},
     drive::{self, Load, Outcome, Pace, Span, Work},
+    history::{self, Logs},
     http::{Job, MakeJob},
     job::{Address, Choice, Deal, PREFIX, Post, Repeat, stimulus_body},
     machine::Machine,
-    readback::{self, Logs},
     record::Progress,
     report::{Figure, Report, build, rows},
     schedule::Random,
     server::{Folder, Recipe, Server},
-    verify::Verdict,
 };
 
 mod activation;
@@ -65,6 +65,10 @@ struct Target {
 /// # Errors
 /// [`Error`] when the server cannot be started or reached, or an instance not be prepared.
 pub async fn run(args: &Args, stop: Arc<AtomicBool>) -> Result<Report, Error> {
+    let speaks = matches!(args.scenario, Scenario::PostDurable | Scenario::MqttQos1 | Scenario::Mixed);
+    if args.history.is_some() && !speaks {
+        return Err(Error::Argument("--history goes with post-durable, mqtt-qos1 and mixed".into()));
+    }
     let settings = vec![
         ("instances".into(), args.instances().to_string()),
         ("connections".into(), args.connections.to_string()),
@@ -244,7 +248,7 @@ impl Bench<'_> {
     }
 
     async fn verify(&mut self, addr: SocketAddr, logs: &Logs) -> Result<Verdict, Error> {
-        readback::check(addr, PREFIX, logs).await
+        history::check(addr, self.args.token.as_deref(), PREFIX, logs).await
     }
 
     /// Ends a server that was started here.

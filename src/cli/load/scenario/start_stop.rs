@@ -4,12 +4,12 @@ use std::{path::Path, time::Duration};
 
 use super::{
     super::{
+        super::check_history::check::Verdict,
         Error,
         drive::{self, Span},
+        history::Logs,
         machine::Machine,
-        readback::Logs,
         report::{Figure, to_f64},
-        verify::Verdict,
     },
     Bench, STOP_LIMIT,
 };
@@ -54,7 +54,7 @@ impl Bench<'_> {
         });
         let (mut outcome, stopped) = (outcome?, stopped?);
         let logs: Logs = outcome.records.iter_mut().map(|r| (self.nonce(run), std::mem::take(&mut r.log))).collect();
-        let acked = logs.iter().flat_map(|(_, log)| log).filter(|entry| entry.acked).count();
+        let acked = logs.iter().flat_map(|(_, log)| log).filter(|entry| entry.is_accepted()).count();
 
         let mut server = recipe.start().await?;
         let second_start = server.ready_in;

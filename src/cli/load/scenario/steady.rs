@@ -1,24 +1,25 @@
 //! post-durable, read-state, mqtt-qos1 and mixed: a warm server under a steady load.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use super::{
     super::{
+        super::check_history::check::Verdict,
         Error,
         args::{Engine, Rate, Scenario},
         drive::{self, Load, Pace, Span, Work},
+        history::{self, Logs},
         http::Job,
         job::{Choice, PREFIX, Repeat, device_payload},
         machine::Machine,
         mqtt::Devices,
         ramp::Search,
-        readback::Logs,
         report::{Figure, human},
         schedule::Random,
-        verify::Verdict,
     },
     Bench, Target,
 };
+use crate::runtime::clock::Clock;
 
 /// Senders over MQTT are numbered from here, so that they differ from those over HTTP.
 const FIRST_DEVICE: u32 = 50_000;
@@ -54,6 +55,9 @@ impl Bench<'_> {
             }
             self.runs.push(figures);
         }
+        if let Some(path) = &self.args.history {
+            history::write(path, &logs, PREFIX, (Instant::now(), Clock::System.now()))?;
+        }
         let verdict = match self.args.verify {
             true => Some(self.verify(target.http, &logs).await?),
             false => None,
@@ -72,7 +76,7 @@ impl Bench<'_> {
         self.set("engine", engine);
         self.set("payload", format!("{} B", self.payload()));
         if args.scenario != Scenario::ReadState {
-            self.set("ids chosen by the sender", args.ids || args.verify);
+            self.set("ids chosen by the sender", args.ids || args.keeps_log());
         }
         if matches!(args.scenario, Scenario::MqttQos1 | Scenario::Mixed) {
             self.set("window of a device", args.window);
@@ -122,7 +126,7 @@ impl Bench<'_> {
 
     fn posting(&self, target: &Target, pace: Pace, seed: u64, run: u32) -> Load {
         let args = self.args;
-        let make = self.posts(target.http, &self.nonce(run), args.ids || args.verify, args.verify);
+        let make = self.posts(target.http, &self.nonce(run), args.ids || args.keeps_log(), args.keeps_log());
         self.http_load(target.http, args.connections(), pace, seed, make)
     }
 
@@ -139,7 +143,7 @@ impl Bench<'_> {
             nonce: self.nonce(run),
             first_sender: FIRST_DEVICE,
             payload: device_payload(self.payload()),
-            log: args.verify,
+            log: args.keeps_log(),
         };
         Load {
             name: "",
