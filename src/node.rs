@@ -14,7 +14,7 @@ use actix_rt::Arbiter;
 use async_trait::async_trait;
 
 use crate::{
-    cluster::Router,
+    cluster::{self, Operations, Router, shards::Shards},
     config::{Backend, Config, MqttMode},
     delivery::{Acceptor, Courier, Publisher},
     gateway::{
@@ -30,10 +30,11 @@ use crate::{
     store::{
         self, Store,
         memory::MemoryStore,
+        ownership::{Alone, Claim, Joining, Ownership as _},
         sqlite::{Options, SqliteStore},
     },
     telemetry::prometheus,
-    types::{Fault, InstanceKey, Kind, Stimulus},
+    types::{Fault, InstanceKey, Kind, NodeId, Roles, Stimulus},
 };
 
 /// Why a node cannot start.
@@ -202,7 +203,10 @@ impl Node {
         let count = if config.node.arbiters == 0 { cores } else { config.node.arbiters };
         let arbiters: Vec<_> = (0..count).map(|_| Arbiter::new()).collect();
         let handles = arbiters.iter().map(Arbiter::handle).collect();
-        let router = Router::start(Arc::new(environment), config.cluster.shards, handles).await.map_err(part)?;
+        let environment = Arc::new(environment);
+        let shards = Shards::new(environment.clone(), config.cluster.shards, handles);
+        let router = Router::new(environment, shards.clone());
+        let operations = join_alone(config, &shards).await?;
 
         let door = match config.mqtt.mode {
             MqttMode::Off => Door::Off,
@@ -255,6 +259,7 @@ impl Node {
 
         let parts = http::Parts {
             router: router.clone(),
+            operations,
             auth: auth.clone(),
             config: config.http.clone(),
             clock,
@@ -308,6 +313,27 @@ impl Node {
     pub fn router(&self) -> &Router {
         &self.router
     }
+}
+
+/// A node that shares its store with nobody owns every shard, and is a cluster of one.
+async fn join_alone(config: &Config, shards: &Shards) -> Result<Operations, Error> {
+    let ownership = Arc::new(Alone::default());
+    let joining = Joining {
+        node: NodeId::generate(&config.node.name()),
+        cluster: String::from("sophont"),
+        shards: shards.count(),
+        addresses: vec![format!("http={}", config.http.listen)],
+        roles: Roles::default(),
+        weight: 100,
+        protocol: cluster::PROTOCOL,
+        lease: Duration::from_secs(3),
+    };
+    ownership.join(&joining).await.map_err(part)?;
+    let claims: Vec<_> = (0..shards.count()).map(|shard| Claim { shard, epoch: 0 }).collect();
+    for fence in ownership.take(&joining.node, &claims).await.map_err(part)? {
+        shards.open(fence.shard, fence.epoch, None).await.map_err(part)?;
+    }
+    Ok(Operations::new(ownership, joining.node))
 }
 
 fn open_store(config: &Config, clock: &Clock) -> Result<Arc<dyn Store>, Error> {

@@ -171,7 +171,18 @@ impl Door {
     /// # Errors
     /// [`Error`].
     pub async fn get(&self, path: &str) -> Result<Value, Error> {
-        let answer = self.send(self.request(Method::GET, path)).await?;
+        self.json(self.send(self.request(Method::GET, path)).await?).await
+    }
+
+    /// POSTs nothing, and reads JSON.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn post(&self, path: &str) -> Result<Value, Error> {
+        self.json(self.send(self.request(Method::POST, path)).await?).await
+    }
+
+    async fn json(&self, answer: Response) -> Result<Value, Error> {
         let text = answer.text().await.map_err(|error| self.unreachable(&error))?;
         serde_json::from_str(&text).map_err(|error| self.strange(error.to_string()))
     }

@@ -73,51 +73,43 @@ async fn collect(door: &Door, instance: &str, last: u64) -> Result<Value, Error>
     Ok(json!({"instance": about, "state": state, "turns": turns, "dead_letters": dead["items"]}))
 }
 
-fn text(value: &Value) -> String {
-    match value {
-        Value::Null => String::from("-"),
-        Value::String(text) => text.clone(),
-        other => other.to_string(),
-    }
-}
-
 /// What a stimulus or reply says, in brief.
 fn said(value: &Value, width: usize) -> String {
     let content = if value["content"].is_null() { &value["data"] } else { &value["content"] };
-    out::brief(&text(content), width)
+    out::brief(&out::text(content), width)
 }
 
 fn page(seen: &Value) -> String {
     let (about, state) = (&seen["instance"], &seen["state"]);
     let mut page = String::new();
     let mut line = |name: &str, value: String| page.push_str(&format!("{name:<12} {value}\n"));
-    line("instance", text(&about["id"]));
+    line("instance", out::text(&about["id"]));
     let profile = &about["profile"];
     if profile.is_null() {
         line("profile", String::from("none of its own"));
     } else {
-        line("persona", out::brief(&text(&profile["persona"]), 100));
-        line("engine", format!("{} {}", text(&profile["engine"]), profile["model"].as_str().unwrap_or_default()));
+        line("persona", out::brief(&out::text(&profile["persona"]), 100));
+        line("engine", format!("{} {}", out::text(&profile["engine"]), profile["model"].as_str().unwrap_or_default()));
         let rules = profile["reflexes"].as_array().map_or(0, Vec::len);
         line("reflexes", rules.to_string());
         if let Some(labels) = profile["labels"].as_object() {
-            let labels: Vec<_> = labels.iter().map(|(name, value)| format!("{name}={}", text(value))).collect();
+            let labels: Vec<_> = labels.iter().map(|(name, value)| format!("{name}={}", out::text(value))).collect();
             line("labels", out::brief(&labels.join(" "), 100));
         }
     }
-    line("created", text(&about["created_at"]));
-    line("activation", format!("{} on {}", text(&about["activation"]), text(&about["node"])));
-    line("inbox", format!("{} waiting", text(&about["inbox"])));
-    line("version", text(&state["version"]));
+    line("created", out::text(&about["created_at"]));
+    line("activation", format!("{} on {}", out::text(&about["activation"]), out::text(&about["node"])));
+    line("inbox", format!("{} waiting", out::text(&about["inbox"])));
+    line("version", out::text(&state["version"]));
     for part in ["desired", "reported", "delta"] {
-        line(part, out::brief(&text(&state[part]), 100));
+        line(part, out::brief(&out::text(&state[part]), 100));
     }
-    page.push_str(&table(
+    page.push_str(&out::table(
         "last turns",
         &["turn", "decided at", "engine", "outcome", "stimulus", "reply"],
         rows_of_turns(seen),
     ));
-    page.push_str(&table("dead letters", &["stimulus", "given up at", "tries", "reason"], rows_of_dead(seen)));
+    page.push_str(&out::table("dead letters", &["stimulus", "given up at", "tries", "reason"], rows_of_dead(seen)));
     page
 }
 
@@ -126,10 +118,10 @@ fn rows_of_turns(seen: &Value) -> Vec<Vec<String>> {
     let row = |turn: &Value| {
         let (stimulus, reply) = (said(&turn["stimulus"], 40), said(&turn["reply"], 60));
         vec![
-            text(&turn["turn"]),
-            text(&turn["decided_at"]),
-            text(&turn["engine"]),
-            text(&turn["outcome"]),
+            out::text(&turn["turn"]),
+            out::text(&turn["decided_at"]),
+            out::text(&turn["engine"]),
+            out::text(&turn["outcome"]),
             stimulus,
             reply,
         ]
@@ -141,41 +133,13 @@ fn rows_of_dead(seen: &Value) -> Vec<Vec<String>> {
     let dead = seen["dead_letters"].as_array().map_or(&[][..], Vec::as_slice);
     let row = |letter: &Value| {
         vec![
-            text(&letter["stimulus"]["id"]),
-            text(&letter["at"]),
-            text(&letter["tries"]),
-            out::brief(&text(&letter["reason"]), 80),
+            out::text(&letter["stimulus"]["id"]),
+            out::text(&letter["at"]),
+            out::text(&letter["tries"]),
+            out::brief(&out::text(&letter["reason"]), 80),
         ]
     };
     dead.iter().map(row).collect()
-}
-
-/// A table with a title; its columns are as wide as their widest cell, the last one has no padding.
-fn table(title: &str, names: &[&str], rows: Vec<Vec<String>>) -> String {
-    if rows.is_empty() {
-        return format!("\n{title}: none\n");
-    }
-    let clean: Vec<Vec<String>> =
-        rows.iter().map(|row| row.iter().map(|cell| out::brief(cell, 100)).collect()).collect();
-    let width = |column: usize| {
-        let cells = clean.iter().map(|row| row[column].chars().count());
-        cells.chain([names[column].chars().count()]).max().unwrap_or_default()
-    };
-    let mut out = format!("\n{title}\n");
-    let head: Vec<String> = names.iter().map(|name| String::from(*name)).collect();
-    for row in [&head].into_iter().chain(&clean) {
-        let cells: Vec<String> = row
-            .iter()
-            .enumerate()
-            .map(
-                |(column, cell)| {
-                    if column + 1 == row.len() { cell.clone() } else { format!("{cell:<0$}", width(column)) }
-                },
-            )
-            .collect();
-        out.push_str(&format!("  {}\n", cells.join("  ").trim_end()));
-    }
-    out
 }
 
 #[cfg(test)]

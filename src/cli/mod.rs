@@ -12,6 +12,7 @@ use crate::config::{self, Loaded, Problem, Sources};
 
 pub mod chat;
 pub mod check_history;
+mod cluster;
 mod door;
 mod failure;
 mod inspect;
@@ -66,6 +67,13 @@ enum Command {
     Health(door::DoorArgs),
     /// Hold what clients wrote down against what is stored: which promises were kept.
     CheckHistory(check_history::CheckArgs),
+    /// List the nodes of the cluster.
+    Nodes(cluster::ListArgs),
+    /// List the shards of the cluster and who owns them.
+    Shards(cluster::ListArgs),
+    /// Ask something of a node.
+    #[command(subcommand)]
+    Node(cluster::NodeCommand),
     /// Measure a server under load, and check what it promised.
     Load(Box<load::Args>),
 }
@@ -157,6 +165,9 @@ fn run(cli: Cli) -> Result<ExitCode, Failure> {
         Some(Command::Inspect(args)) => inspect::run(&args),
         Some(Command::Health(args)) => inspect::health(&args),
         Some(Command::CheckHistory(args)) => check_history::run(&args),
+        Some(Command::Nodes(args)) => cluster::nodes(&args),
+        Some(Command::Shards(args)) => cluster::shards(&args),
+        Some(Command::Node(command)) => cluster::node(&command),
         Some(Command::Load(args)) => load::run(&args).map_err(|error| Failure::of(&error)),
     }
 }

@@ -2,6 +2,8 @@
 
 use std::io::Write;
 
+use serde_json::Value;
+
 /// Writes to standard output and flushes; false when nobody reads any more.
 pub(super) fn out(text: &str) -> bool {
     let mut stdout = std::io::stdout().lock();
@@ -27,6 +29,42 @@ pub(super) fn brief(text: &str, width: usize) -> String {
         return line;
     }
     line.chars().take(width.saturating_sub(1)).chain(['…']).collect()
+}
+
+/// A JSON value as people read it.
+pub(super) fn text(value: &Value) -> String {
+    match value {
+        Value::Null => String::from("-"),
+        Value::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+/// A table with a title; its columns are as wide as their widest cell, the last one has no padding.
+pub(super) fn table(title: &str, names: &[&str], rows: Vec<Vec<String>>) -> String {
+    if rows.is_empty() {
+        return format!("\n{title}: none\n");
+    }
+    let clean: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|cell| brief(cell, 100)).collect()).collect();
+    let width = |column: usize| {
+        let cells = clean.iter().map(|row| row[column].chars().count());
+        cells.chain([names[column].chars().count()]).max().unwrap_or_default()
+    };
+    let mut out = format!("\n{title}\n");
+    let head: Vec<String> = names.iter().map(|name| String::from(*name)).collect();
+    for row in [&head].into_iter().chain(&clean) {
+        let cells: Vec<String> = row
+            .iter()
+            .enumerate()
+            .map(
+                |(column, cell)| {
+                    if column + 1 == row.len() { cell.clone() } else { format!("{cell:<0$}", width(column)) }
+                },
+            )
+            .collect();
+        out.push_str(&format!("  {}\n", cells.join("  ").trim_end()));
+    }
+    out
 }
 
 #[cfg(test)]

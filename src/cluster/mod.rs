@@ -4,8 +4,15 @@
 //! node every shard is owned here. Not here: what an instance does with a stimulus (`instance`).
 //! Tests: `tests/it/turn.rs`, `tests/it/activation.rs`.
 
+use crate::types::Protocol;
+
+pub mod operations;
 pub mod router;
 pub mod shard;
 pub mod shards;
 
+/// The versions of the cluster's protocol this build speaks: rows, messages and stored formats that nodes share.
+pub const PROTOCOL: Protocol = Protocol { min: 1, max: 1 };
+
+pub use operations::Operations;
 pub use router::Router;

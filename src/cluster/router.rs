@@ -13,10 +13,7 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use super::{
-    shard::What,
-    shards::{ArbiterHandle, Shards},
-};
+use super::{shard::What, shards::Shards};
 use crate::{
     instance::{
         Error, Receipt, Until,
@@ -54,20 +51,9 @@ struct Inner {
 }
 
 impl Router {
-    /// Starts the shards, pinned to arbiters: shard modulo arbiters.
-    ///
-    /// # Errors
-    /// [`Error::Overloaded`] when an arbiter does not answer.
-    pub async fn start(
-        environment: Arc<Environment>,
-        shards: u32,
-        arbiters: Vec<ArbiterHandle>,
-    ) -> Result<Self, Error> {
-        let shards = Shards::new(environment.clone(), shards, arbiters);
-        for shard in 0..shards.count() {
-            shards.open(shard, 0, None).await?;
-        }
-        Ok(Self(Arc::new(Inner { environment, shards, draining: AtomicBool::new(false) })))
+    /// Over the shards of this node.
+    pub fn new(environment: Arc<Environment>, shards: Shards) -> Self {
+        Self(Arc::new(Inner { environment, shards, draining: AtomicBool::new(false) }))
     }
 
     /// Delivers a stimulus to its instance, activating it if need be, and waits as long as `until` says.

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use actix_rt::Arbiter;
 use serde_json::json;
 use sophont::{
-    cluster::Router,
+    cluster::{Router, shards::Shards},
     config::Config,
     instance::{Error, Receipt, Until, environment::Environment, inbox::Line},
     runtime::clock::Clock,
@@ -38,7 +38,12 @@ impl House {
         let environment = Environment::new(config, Arc::new(store.clone()), Clock::System).unwrap();
         let arbiters: Vec<_> = (0..2).map(|_| Arbiter::new()).collect();
         let handles = arbiters.iter().map(Arbiter::handle).collect();
-        let router = Router::start(Arc::new(environment), 8, handles).await.unwrap();
+        let environment = Arc::new(environment);
+        let shards = Shards::new(environment.clone(), 8, handles);
+        for shard in 0..8 {
+            shards.open(shard, 0, None).await.unwrap();
+        }
+        let router = Router::new(environment, shards);
         Self { router, store, arbiters }
     }
 

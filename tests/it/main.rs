@@ -9,6 +9,7 @@ mod support;
 mod activation;
 mod check_history;
 mod cli;
+mod cluster_calls;
 mod config;
 mod crash;
 mod delivery;

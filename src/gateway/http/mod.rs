@@ -36,7 +36,7 @@ use serde::Deserialize;
 use tokio::time::Instant;
 
 use crate::{
-    cluster::Router,
+    cluster::{Operations, Router},
     config,
     gateway::{auth::Authenticator, json},
     instance,
@@ -46,6 +46,7 @@ use crate::{
 
 mod admission;
 pub mod ceiling;
+mod cluster;
 mod events;
 mod follow;
 mod instances;
@@ -87,6 +88,8 @@ pub type ServerHandle = actix_web::dev::ServerHandle;
 pub struct Parts {
     /// The way into instances.
     pub router: Router,
+    /// The operator's side.
+    pub operations: Operations,
     /// Who may come in.
     pub auth: Arc<Authenticator>,
     /// `[http]`.
@@ -106,6 +109,7 @@ pub struct Parts {
 /// Everything the threads of the door share.
 pub(crate) struct Shared {
     router: Router,
+    operations: Operations,
     auth: Arc<Authenticator>,
     config: config::Http,
     clock: Clock,
@@ -138,6 +142,7 @@ pub fn serve(listener: TcpListener, parts: Parts, drain: Drain) -> io::Result<Se
     let extra = parts.extra;
     let shared = Arc::new(Shared {
         router: parts.router,
+        operations: parts.operations,
         auth: parts.auth,
         config: parts.config,
         clock: parts.clock,
@@ -262,6 +267,9 @@ impl Door {
             Call::ListInstances => instances::list(&caller).await,
             Call::GetDeadLetters => instances::dead_letters(&caller).await,
             Call::RetryDeadLetter => instances::retry(&caller).await,
+            Call::ClusterNodes => cluster::nodes(&caller).await,
+            Call::ClusterShards => cluster::shards(&caller).await,
+            Call::DrainNode => cluster::drain(&caller).await,
             Call::Metrics => Ok(pages::metrics(shared)),
             Call::Live | Call::Ready | Call::OpenApi | Call::Docs | Call::Start => Err(Refusal::Path.into()),
         }

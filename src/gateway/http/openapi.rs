@@ -14,6 +14,7 @@ use utoipa::{
 };
 
 use super::{
+    cluster::{DrainView, NodeView, ShardView},
     problem::ProblemView,
     view::{DeadLetterView, InstanceView, ListedView, Page, StateView, StatusView, TurnView},
     wire::{StatePatchBody, StimulusBody},
@@ -32,7 +33,8 @@ use crate::types::Profile;
     ),
     paths(
         list_instances, put_instance, get_instance, delete_instance, post_stimulus, get_stimulus, get_turns, get_events,
-        get_state, patch_state, get_dead_letters, retry_dead_letter, live, ready, metrics, openapi, docs, start
+        get_state, patch_state, get_dead_letters, retry_dead_letter, cluster_nodes, cluster_shards, drain_node,
+        live, ready, metrics, openapi, docs, start
     ),
     components(schemas(ProblemView)),
     modifiers(&Common),
@@ -41,6 +43,7 @@ use crate::types::Profile;
         (name = "stimuli", description = "What they are told"),
         (name = "history", description = "What they decided"),
         (name = "state", description = "The twin: desired, reported, delta"),
+        (name = "cluster", description = "Nodes and shards, for operators"),
         (name = "node", description = "Health, metrics, documents")
     )
 )]
@@ -88,7 +91,7 @@ fn describe(path: &str, operation: &mut Operation) {
         operation.security =
             Some(vec![SecurityRequirement::default(), SecurityRequirement::new::<_, [&str; 0], &str>("token", [])]);
     }
-    if path.contains("{id}") || path.contains("{sid}") || path == "/docs" {
+    if path.contains("{id}") || path.contains("{sid}") || path.contains("{node}") || path == "/docs" {
         errors.push(("404", "There is no such thing"));
     }
     if operation.request_body.is_some() {
@@ -298,6 +301,30 @@ fn ready() {}
     responses((status = 200, description = "The metrics", body = String, content_type = "text/plain")))]
 #[allow(dead_code)]
 fn metrics() {}
+
+/// List the nodes of the cluster. A node that is alone is a cluster of one.
+#[utoipa::path(get, path = "/v1/cluster/nodes", tag = "cluster",
+    responses((status = 200, description = "All of them", body = Page<NodeView>)))]
+#[allow(dead_code)]
+fn cluster_nodes() {}
+
+/// List the shards: who owns each, and how often it was taken.
+#[utoipa::path(get, path = "/v1/cluster/shards", tag = "cluster",
+    params(
+        ("after" = Option<String>, Query, description = "The `next` of the page before"),
+        ("limit" = Option<u32>, Query, minimum = 1, maximum = 1000, description = "Items of the page, 100 if absent")
+    ),
+    responses((status = 200, description = "A page", body = Page<ShardView>)))]
+#[allow(dead_code)]
+fn cluster_shards() {}
+
+/// Drain a node: it gives its shards to others, one after the other, and takes none. It goes on to answer; stop it when
+/// it owns nothing.
+#[utoipa::path(post, path = "/v1/cluster/nodes/{node}/drain", tag = "cluster",
+    params(("node" = String, Path, description = "Its id or its name")),
+    responses((status = 202, description = "It was asked to", body = DrainView)))]
+#[allow(dead_code)]
+fn drain_node() {}
 
 /// This document.
 #[utoipa::path(get, path = "/openapi.json", tag = "node",

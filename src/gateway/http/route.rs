@@ -23,6 +23,9 @@ pub enum Call {
     PatchState,
     GetDeadLetters,
     RetryDeadLetter,
+    ClusterNodes,
+    ClusterShards,
+    DrainNode,
     Live,
     Ready,
     Metrics,
@@ -47,7 +50,7 @@ const fn row(call: Call, method: &'static str, path: &'static str) -> Row {
 }
 
 /// All calls, in the order of [`Call`].
-pub const CALLS: [Row; 18] = [
+pub const CALLS: [Row; 21] = [
     row(Call::ListInstances, "GET", "/v1/instances"),
     row(Call::PutInstance, "PUT", "/v1/instances/{id}"),
     row(Call::GetInstance, "GET", "/v1/instances/{id}"),
@@ -60,6 +63,9 @@ pub const CALLS: [Row; 18] = [
     row(Call::PatchState, "PATCH", "/v1/instances/{id}/state"),
     row(Call::GetDeadLetters, "GET", "/v1/instances/{id}/dead-letters"),
     row(Call::RetryDeadLetter, "POST", "/v1/instances/{id}/dead-letters/{sid}/retry"),
+    row(Call::ClusterNodes, "GET", "/v1/cluster/nodes"),
+    row(Call::ClusterShards, "GET", "/v1/cluster/shards"),
+    row(Call::DrainNode, "POST", "/v1/cluster/nodes/{node}/drain"),
     row(Call::Live, "GET", "/health/live"),
     row(Call::Ready, "GET", "/health/ready"),
     row(Call::Metrics, "GET", "/metrics"),
@@ -78,7 +84,7 @@ impl Call {
     pub const fn scope(self) -> Option<Scope> {
         match self {
             Call::Live | Call::Ready | Call::OpenApi | Call::Docs | Call::Start => None,
-            Call::Metrics => Some(Scope::Admin),
+            Call::Metrics | Call::ClusterNodes | Call::ClusterShards | Call::DrainNode => Some(Scope::Admin),
             Call::ListInstances
             | Call::GetInstance
             | Call::GetStimulus
@@ -105,7 +111,7 @@ impl Call {
 pub struct Found<'a> {
     /// Which call.
     pub call: Call,
-    /// `{id}`, or the rest of the path of [`Call::Docs`].
+    /// `{id}`, `{node}`, or the rest of the path of [`Call::Docs`].
     pub id: &'a str,
     /// `{sid}`.
     pub sid: &'a str,
@@ -163,6 +169,9 @@ fn template(path: &str) -> Option<(&'static str, &str, &str)> {
         ["v1", "instances", id, "dead-letters", sid, "retry"] => {
             ("/v1/instances/{id}/dead-letters/{sid}/retry", id, sid)
         }
+        ["v1", "cluster", "nodes"] => ("/v1/cluster/nodes", "", ""),
+        ["v1", "cluster", "shards"] => ("/v1/cluster/shards", "", ""),
+        ["v1", "cluster", "nodes", node, "drain"] => ("/v1/cluster/nodes/{node}/drain", node, ""),
         ["v1", "stimuli", sid] => ("/v1/stimuli/{sid}", "", sid),
         ["health", "live"] => ("/health/live", "", ""),
         ["health", "ready"] => ("/health/ready", "", ""),
@@ -211,10 +220,10 @@ mod tests {
     fn every_row_is_in_its_place_and_is_found() {
         for (index, row) in CALLS.iter().enumerate() {
             assert_eq!(row.call as usize, index);
-            let path = row.path.replace("{id}", "lamp").replace("{sid}", "s1");
+            let path = row.path.replace("{id}", "lamp").replace("{node}", "lamp").replace("{sid}", "s1");
             let found = find(row.method, &path).unwrap();
             assert_eq!(found.call, row.call);
-            assert_eq!(found.id, if row.path.contains("{id}") { "lamp" } else { "" });
+            assert_eq!(found.id, if row.path.contains("{id}") || row.path.contains("{node}") { "lamp" } else { "" });
             assert_eq!(found.sid, if row.path.contains("{sid}") { "s1" } else { "" });
         }
     }
