@@ -116,6 +116,7 @@ pub struct Node {
     edge: Edge,
     store: Arc<dyn Store>,
     patience: Duration,
+    leave: Duration,
 }
 
 /// The runtime of everything that is no actor. Unlike the runtime itself it may be dropped anywhere, so that a start that
@@ -275,7 +276,22 @@ impl Node {
         let handle = server.handle();
         actix_rt::spawn(server);
         let patience = Duration::from_secs(config.node.drain_seconds);
-        Ok(Self { http, mqtt, mqtts, router, drain, server: handle, door, courier, arbiters, edge, store, patience })
+        let leave = Duration::from_secs(config.node.leave_seconds);
+        Ok(Self {
+            http,
+            mqtt,
+            mqtts,
+            router,
+            drain,
+            server: handle,
+            door,
+            courier,
+            arbiters,
+            edge,
+            store,
+            patience,
+            leave,
+        })
     }
 
     /// Stops in reverse: nothing new is taken, what is in hand is finished, effects leave, the store is closed.
@@ -284,6 +300,8 @@ impl Node {
     pub async fn drain(self) {
         let began = std::time::Instant::now();
         let left = || self.patience.saturating_sub(began.elapsed());
+        self.drain.leave();
+        tokio::time::sleep(self.leave.min(left())).await;
         self.drain.begin();
         let _ = tokio::time::timeout(left(), self.server.stop(true)).await;
         if let Door::Embedded(broker) = &self.door {

@@ -157,18 +157,22 @@ impl Router {
         self.control(key, |answer| What::Revive(stimulus, answer)).await
     }
 
-    /// The committed state, from the read cache or the store; `None` when there is no such instance.
+    /// The committed state; `None` when there is no such instance. From the read cache where this node alone changes the
+    /// instance, else from the store.
     ///
     /// # Errors
     /// [`Error::Store`].
     pub async fn state(&self, key: &InstanceKey) -> Result<Option<Arc<StateSnapshot>>, Error> {
         let states = &self.0.environment.states;
-        if let Some(state) = states.get(key) {
+        let served = self.0.shards.serves(key);
+        if let Some(state) = served.then(|| states.get(key)).flatten() {
             return Ok(Some(state));
         }
-        let fill = states.begin_fill(key);
+        let fill = served.then(|| states.begin_fill(key));
         let Some(state) = self.0.environment.store.state(key).await?.map(Arc::new) else { return Ok(None) };
-        fill.finish(&state);
+        if let Some(fill) = fill {
+            fill.finish(&state);
+        }
         Ok(Some(state))
     }
 

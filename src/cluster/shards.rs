@@ -7,8 +7,11 @@
 //! Tests: `tests/it/turn.rs`, `tests/it/panic.rs`.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use actix::prelude::{Actor as _, Addr, SendError};
@@ -37,6 +40,9 @@ struct Inner {
     arbiters: Vec<ArbiterHandle>,
     /// One at a time changes the table.
     changing: Mutex<()>,
+    born: Instant,
+    /// Until when what is held here may be trusted without asking the store, in milliseconds since `born`.
+    trusted: AtomicU64,
 }
 
 /// A shard that lives here.
@@ -50,7 +56,8 @@ impl Shards {
     /// A table of so many shards of which none is here.
     pub fn new(environment: Arc<Environment>, count: u32, arbiters: Vec<ArbiterHandle>) -> Self {
         let table = ArcSwap::from_pointee(vec![None; count as usize]);
-        Self(Arc::new(Inner { environment, count, table, arbiters, changing: Mutex::default() }))
+        let (changing, born, trusted) = (Mutex::default(), Instant::now(), AtomicU64::new(u64::MAX));
+        Self(Arc::new(Inner { environment, count, table, arbiters, changing, born, trusted }))
     }
 
     /// How many shards there are, here or elsewhere.
@@ -66,6 +73,21 @@ impl Shards {
     /// The epoch under which a shard is here.
     pub fn epoch(&self, shard: u32) -> Option<u64> {
         self.0.table.load().get(shard as usize)?.as_ref().map(|here| here.tenure.epoch)
+    }
+
+    /// What is held here may be trusted until then. Without a word about it: for ever.
+    pub fn trust_until(&self, until: Instant) {
+        let ms = until.saturating_duration_since(self.0.born).as_millis();
+        self.0.trusted.store(u64::try_from(ms).unwrap_or(u64::MAX), Ordering::Release);
+    }
+
+    /// Whether this node alone changes the instance at present, so that what it holds of it is what was committed last. A
+    /// node that was stopped for longer than its lease finds that it is not.
+    pub fn serves(&self, key: &InstanceKey) -> bool {
+        let here = |shard: u32| self.0.table.load().get(shard as usize).is_some_and(Option::is_some);
+        let now = || u64::try_from(self.0.born.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let until = self.0.trusted.load(Ordering::Acquire);
+        here(self.shard_of(key)) && (until == u64::MAX || now() < until)
     }
 
     /// The shards that are here.
@@ -88,6 +110,8 @@ impl Shards {
             drop(sender.send(ShardActor::new(environment, for_shard).start()));
         });
         let address = address.await.map_err(|_| dead())?;
+        // What was read while the shard was elsewhere may be old by now.
+        self.0.environment.states.clear();
         if let Some(old) = self.change(shard, Some(Here { address, tenure })) {
             old.tenure.end();
             drop(old.address.try_send(End));

@@ -66,6 +66,7 @@ fn ranges(config: &Config, found: &mut Findings) {
     let Config { node, http, mqtt, store, cluster, scaling, instances, cognition, delivery, .. } = config;
     found.range(&["node", "arbiters"], node.arbiters, 0..=1024);
     found.range(&["node", "drain_seconds"], node.drain_seconds, 1..=3600);
+    found.range(&["node", "leave_seconds"], node.leave_seconds, 0..=3600);
     found.range(&["http", "workers"], http.workers, 0..=1024);
     found.range(&["http", "max_body_kb"], http.max_body_kb, 1..=65_536);
     found.range(&["http", "max_connections"], http.max_connections, 1..=1_000_000);

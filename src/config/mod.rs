@@ -65,6 +65,8 @@ pub struct Node {
     pub arbiters: usize,
     /// Longest graceful stop, in seconds.
     pub drain_seconds: u64,
+    /// How long to serve on while readiness already says no, in seconds.
+    pub leave_seconds: u64,
 }
 
 impl Node {

@@ -107,6 +107,14 @@ impl StateCache {
         });
     }
 
+    /// Drops everything, and voids fills under way.
+    pub fn clear(&self) {
+        for stripe in &*self.stripes {
+            stripe.commits.fetch_add(1, Ordering::SeqCst);
+        }
+        self.cache.invalidate_all();
+    }
+
     /// Drops an instance, and voids fills under way.
     pub fn forget(&self, key: &InstanceKey) {
         self.stripe(key).commits.fetch_add(1, Ordering::SeqCst);
@@ -150,5 +158,12 @@ mod tests {
         assert_eq!(cache.get(&key).unwrap().version, 2);
         cache.forget(&key);
         assert_eq!(cache.get(&key), None);
+
+        cache.begin_fill(&key).finish(&state(3));
+        let late = cache.begin_fill(&key);
+        cache.clear();
+        assert_eq!(cache.get(&key), None);
+        late.finish(&state(3));
+        assert_eq!(cache.get(&key), None, "what was read before belongs to another time");
     }
 }

@@ -40,7 +40,7 @@ pub fn live() -> HttpResponse {
 /// # Errors
 /// [`Problem`] with what failed.
 pub async fn ready(shared: &Shared) -> Result<HttpResponse, Problem> {
-    if shared.drain.is_draining() {
+    if shared.drain.is_leaving() {
         return Err(Refusal::Draining.into());
     }
     let mut last = shared.readiness.lock().await;
