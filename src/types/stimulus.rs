@@ -54,8 +54,8 @@ impl Priority {
 pub struct ReplyTo {
     /// The response topic, already checked against the sender's rights.
     pub topic: String,
-    /// Correlation data, returned as it came.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// Correlation data, returned as it came. Absent data must be written too: the stored form knows fields by their place.
+    #[serde(default)]
     pub correlation: Option<Vec<u8>>,
 }
 
@@ -127,5 +127,22 @@ impl Stimulus {
     /// Roughly how many bytes it occupies, for limits.
     pub fn weight(&self) -> usize {
         self.content.as_ref().map_or(0, String::len) + self.data.as_ref().map_or(0, |d| d.get().len()) + 256
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_response_topic_without_correlation_data_can_be_read_again() {
+        for correlation in [None, Some(vec![1, 2])] {
+            let mut stimulus =
+                Stimulus::text(Source::Mqtt, Channel::new("c").unwrap(), "hi", Millis(1_795_237_853_120));
+            stimulus.reply_to = Some(ReplyTo { topic: "answers".into(), correlation });
+            let bytes = postcard::to_stdvec(&stimulus).unwrap();
+            assert_eq!(postcard::from_bytes::<Stimulus>(&bytes).unwrap(), stimulus);
+        }
     }
 }
