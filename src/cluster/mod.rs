@@ -6,6 +6,8 @@
 
 use crate::types::Protocol;
 
+pub mod bus;
+pub mod calls;
 pub mod operations;
 pub mod router;
 pub mod shard;

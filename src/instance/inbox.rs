@@ -16,6 +16,9 @@ use tokio::sync::oneshot;
 use super::{Error, Receipt, Until, turn::lane};
 use crate::types::{Fault as _, Priority, Stimulus, StimulusId};
 
+/// Why a stimulus is refused whose forerunner was.
+pub const BEHIND: &str = "an earlier stimulus of the same sender was not taken";
+
 /// What one sender has in flight and will send again in order if it is not taken (an MQTT 3.1.1 connection). Once one of it
 /// was not taken, those behind it are refused as well, so that none of them overtakes it. Cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -33,6 +36,8 @@ impl Line {
 pub struct Waiter {
     until: Until,
     answer: Option<oneshot::Sender<Result<Receipt, Error>>>,
+    /// Told when the stimulus is durable, by one who waits for more.
+    taken: Option<oneshot::Sender<()>>,
     line: Option<Line>,
 }
 
@@ -40,12 +45,33 @@ impl Waiter {
     /// One who waits so long, at the end of a line if there is one, and where the answer arrives.
     pub fn new(until: Until, line: Option<Line>) -> (Self, oneshot::Receiver<Result<Receipt, Error>>) {
         let (answer, receiver) = oneshot::channel();
-        (Self { until, answer: Some(answer), line }, receiver)
+        (Self { until, answer: Some(answer), taken: None, line }, receiver)
+    }
+
+    /// One who waits for the decision and also wants to know when the stimulus is durable, where both arrive. The second
+    /// channel closes without news when the end comes first.
+    pub fn attentive(line: Option<Line>) -> (Self, oneshot::Receiver<Result<Receipt, Error>>, oneshot::Receiver<()>) {
+        let (mut waiter, receiver) = Self::new(Until::Decided, line);
+        let (taken, notice) = oneshot::channel();
+        waiter.taken = Some(taken);
+        (waiter, receiver, notice)
     }
 
     /// How long they wait.
     pub const fn until(&self) -> Until {
         self.until
+    }
+
+    /// Whether nobody listens any more.
+    pub fn is_gone(&self) -> bool {
+        self.answer.as_ref().is_none_or(oneshot::Sender::is_closed)
+    }
+
+    /// Tells one who waits for the decision that the stimulus is durable.
+    pub fn tell_taken(&mut self) {
+        if let Some(taken) = self.taken.take() {
+            let _ = taken.send(());
+        }
     }
 
     /// Whether one before it in its line was not taken.
@@ -132,11 +158,12 @@ impl Waiting {
         !self.accepted && self.waiters.iter().any(Waiter::is_behind_a_refusal)
     }
 
-    /// Answers those who wait only for acceptance.
+    /// Answers those who wait only for acceptance; the others may want to know of it.
     pub fn tell_accepted(&mut self) {
         for waiter in self.waiters.extract_if(.., |waiter| waiter.until() == Until::Accepted) {
             waiter.tell(Ok(Receipt::Accepted { repeated: false }));
         }
+        self.waiters.iter_mut().for_each(Waiter::tell_taken);
     }
 }
 
@@ -228,6 +255,17 @@ impl Inbox {
 mod tests {
     use super::*;
     use crate::types::{Channel, Millis, Source};
+
+    #[test]
+    fn one_who_waits_for_the_decision_may_hear_of_acceptance() {
+        let (waiter, mut end, mut taken) = Waiter::attentive(None);
+        let mut one = Waiting { waiters: vec![waiter], ..waiting(Priority::Device, "a") };
+        one.tell_accepted();
+        assert!(taken.try_recv().is_ok() && end.try_recv().is_err());
+        assert!(!one.waiters[0].is_gone());
+        drop(end);
+        assert!(one.waiters[0].is_gone());
+    }
 
     #[test]
     fn a_line_breaks_when_one_is_not_taken() {

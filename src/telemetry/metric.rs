@@ -97,6 +97,18 @@ metrics! {
     MQTT_DROPPED = Counter "sophont_mqtt_dropped_total";
     /// Read cache, by tier and result (`hit`, `miss`).
     CACHE_READS = Counter "sophont_cache_reads_total";
+    /// Whether the bus between nodes works: 1 or 0.
+    BUS_UP = Gauge "sophont_cluster_bus_up";
+    /// Messages that wait to be sent to other nodes.
+    BUS_QUEUE = Gauge "sophont_cluster_bus_queue_messages";
+    /// Messages given to the bus, by kind.
+    BUS_SENT = Counter "sophont_cluster_bus_sent_total";
+    /// Messages taken from the bus, by kind.
+    BUS_RECEIVED = Counter "sophont_cluster_bus_received_total";
+    /// Messages the bus did not take, by reason (`overloaded`, `down`, `invalid`).
+    BUS_REFUSED = Counter "sophont_cluster_bus_refused_total";
+    /// Messages lost on the bus, by reason (`connection`, `mailbox`, `late`, `unreadable`).
+    BUS_LOST = Counter "sophont_cluster_bus_lost_total";
 }
 
 #[cfg(test)]

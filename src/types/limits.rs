@@ -84,3 +84,5 @@ pub const DELIVERY_WEBHOOKS: usize = 64;
 pub const DELIVERY_BEHIND: usize = 10_000;
 /// Most put-off effects whose order is remembered over a restart.
 pub const DELIVERY_RESUMED: usize = 100_000;
+/// Largest message between nodes, in bytes. What is larger goes by the store.
+pub const MAX_BUS_MESSAGE_BYTES: usize = 8 * 1024 * 1024;

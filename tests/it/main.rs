@@ -7,6 +7,7 @@
 mod support;
 
 mod activation;
+mod bus;
 mod check_history;
 mod cli;
 mod cluster_calls;

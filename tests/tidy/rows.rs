@@ -29,6 +29,7 @@ const DOORS: &[(&[&str], &[&str])] = &[
     (&["actix", "actix_rt"], &["instance/actor", "cluster/shard", "cluster/shards", "node"]),
     (&["rusqlite", "refinery"], &["store/sqlite"]),
     (&["rmqtt_codec", "rumqttc"], &["gateway/mqtt"]),
+    (&["redis"], &["cluster/bus/redis"]),
     (&["cel"], &["cognition"]),
     (&["reqwest"], &["cognition", "delivery", "cli"]),
     (&["clap", "indicatif", "rustyline", "hdrhistogram"], &["cli"]),

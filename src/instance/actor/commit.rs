@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use actix::prelude::*;
 
-use super::{Control, InstanceActor, Out, Phase, State, message::BEHIND, think::FIRST_PAUSE};
+use super::{Control, InstanceActor, Out, Phase, State, think::FIRST_PAUSE};
 use crate::{
     instance::{
         Error, Receipt,
         events::Event,
-        inbox::Waiting,
+        inbox::{BEHIND, Waiting},
         turn::{self, Standing},
     },
     store::{Committed, DeadLetter, Done, Known, Rejection, Unit, Work},

@@ -9,14 +9,11 @@ use super::{Control, InstanceActor, Phase, State};
 use crate::{
     instance::{
         Error, Receipt, Until,
-        inbox::{Waiter, Waiting},
+        inbox::{BEHIND, Waiter, Waiting},
         turn::{self, Mind},
     },
     types::{Stimulus, StimulusId},
 };
-
-/// Why a stimulus is refused whose forerunner was.
-pub(super) const BEHIND: &str = "an earlier stimulus of the same sender was not taken";
 
 /// A stimulus arrives.
 #[derive(Message)]
@@ -33,7 +30,7 @@ pub struct Deliver {
 impl Handler<Deliver> for InstanceActor {
     type Result = ();
 
-    fn handle(&mut self, Deliver { stimulus, expected, waiter }: Deliver, ctx: &mut Context<Self>) {
+    fn handle(&mut self, Deliver { stimulus, expected, mut waiter }: Deliver, ctx: &mut Context<Self>) {
         let limit = self.mind().profile.limits.max_inbox.map_or(self.environment.max_inbox, |limit| limit as usize);
         if waiter.is_behind_a_refusal() {
             return waiter.tell(Err(Error::Overloaded(BEHIND)));
@@ -46,6 +43,9 @@ impl Handler<Deliver> for InstanceActor {
                 if earlier.accepted && waiter.until() == Until::Accepted {
                     waiter.tell(Ok(Receipt::Accepted { repeated: true }));
                 } else {
+                    if earlier.accepted {
+                        waiter.tell_taken();
+                    }
                     earlier.waiters.push(waiter);
                 }
                 return self.ensure_active(ctx);

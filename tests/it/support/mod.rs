@@ -15,6 +15,7 @@ pub mod http;
 pub mod mosquitto;
 pub mod node;
 pub mod program;
+pub mod redis;
 pub mod tls;
 
 pub use http::{Answer, Http};
