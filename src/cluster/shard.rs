@@ -3,7 +3,7 @@
 //! Not here: what an instance does (`instance`), which thread a shard lives on (`router`).
 //! Invariants: all messages to an instance pass here, so that it can be let go without losing one; an instance that died is
 //! replaced by a fresh one that loads itself from the store.
-//! Tests: `tests/it/activation.rs`, `tests/it/panic.rs`.
+//! Tests: at the foot; `tests/it/activation.rs`, `tests/it/panic.rs`.
 
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -322,5 +322,17 @@ impl Handler<Leave> for ShardActor {
             self.residents.swap_remove(&key);
             self.environment.metrics.passivations.increment(1);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every instance in memory has one entry, and the map room for up to as many again.
+    #[test]
+    fn a_resident_is_small() {
+        let entry = size_of::<(u64, InstanceKey, Resident)>();
+        assert!(entry <= 72, "a resident has {entry} bytes");
     }
 }

@@ -21,13 +21,13 @@ type Ended = Result<Committed, Rejection>;
 impl InstanceActor {
     pub(super) fn submit(&mut self, work: Work, out: Out, ctx: &mut Context<Self>) {
         self.agenda().out = Some(out);
-        if self.tenure.is_over() {
+        if self.kept.tenure.is_over() {
             return self.committed(Err(Rejection::Fenced), ctx);
         }
         let (done, end) = Done::channel();
         self.environment.store.submit(Unit {
             key: self.key.clone(),
-            fence: self.tenure.fence(self.lodged),
+            fence: self.kept.tenure.fence(self.kept.lodged),
             work,
             done,
         });
@@ -43,15 +43,15 @@ impl InstanceActor {
         mut decided: Vec<(Waiting, Arc<TurnRecord>)>,
         ctx: &mut Context<Self>,
     ) {
-        self.version = after.version;
-        self.since_full = after.since_full;
+        self.kept.version = after.version;
+        self.kept.since_full = after.since_full;
         let turns = decided.iter().map(|(_, record)| record.clone()).collect();
         if self.environment.faults.ack_before_commit() {
             for (waiting, turn) in &mut decided {
                 waiting.tell(&Ok(Receipt::Decided { turn: turn.clone(), repeated: false }));
             }
         }
-        self.submit(Work::Turns { head: self.head, turns }, Out::Turns(decided), ctx);
+        self.submit(Work::Turns { head: self.kept.head, turns }, Out::Turns(decided), ctx);
     }
 
     pub(super) fn submit_accept(&mut self, ctx: &mut Context<Self>) {
@@ -75,7 +75,7 @@ impl InstanceActor {
             Control::Profile(mind, _) => {
                 Work::PutProfile { profile: mind.profile.clone(), at: self.environment.clock.now() }
             }
-            Control::Forget(_) if !self.exists => {
+            Control::Forget(_) if !self.kept.exists => {
                 control.refuse(Error::NotFound);
                 return self.go_on_soon(ctx);
             }
@@ -91,13 +91,13 @@ impl InstanceActor {
             Ok(committed) => self.settle(out, committed, ctx),
             Err(Rejection::Fenced) => {
                 self.put_back(out);
-                self.tenure.lose();
+                self.kept.tenure.lose();
                 self.fence(ctx);
             }
             // Others lodged something that comes before this unit: it is read first, and goes before what is put back.
             Err(Rejection::Behind { lodged }) => {
                 self.put_back(out);
-                self.tenure.learn_lodged(lodged);
+                self.kept.tenure.learn_lodged(lodged);
                 self.reload(ctx);
             }
             Err(Rejection::Duplicate { index, known }) => self.repeated(out, index, known, ctx),
@@ -120,17 +120,17 @@ impl InstanceActor {
 
     /// The unit is durable: now, and only now, everybody may know.
     pub(super) fn settle(&mut self, out: Out, committed: Committed, ctx: &mut Context<Self>) {
-        self.head = committed.head;
+        self.kept.head = committed.head;
         match out {
             Out::Turns(decided) => {
-                self.exists = true;
+                self.kept.exists = true;
                 self.refresh_cache();
                 for (waiting, turn) in decided {
                     self.announce(waiting, turn);
                 }
             }
             Out::Accept(ids) => {
-                self.exists = true;
+                self.kept.exists = true;
                 let hub = self.environment.hub.clone();
                 for id in ids {
                     if let Some(waiting) = self.agenda().inbox.find(&id) {
@@ -146,7 +146,7 @@ impl InstanceActor {
                 self.environment.hub.publish(&self.key, || Event::Dead(letter));
             }
             Out::Control(Control::Profile(mind, answer)) => {
-                self.exists = true;
+                self.kept.exists = true;
                 self.mind = Some(mind);
                 self.environment.hub.publish(&self.key, || Event::Profile);
                 drop(answer.send(Ok(committed.created)));
@@ -187,8 +187,8 @@ impl InstanceActor {
 
     /// Readers that hold the state get the new one before anybody is answered.
     pub(super) fn refresh_cache(&mut self) {
-        let State::Open(state) = &self.state else { return };
-        let (version, turn) = (self.version, self.head.turn);
+        let State::Open(state) = &self.kept.state else { return };
+        let (version, turn) = (self.kept.version, self.kept.head.turn);
         self.environment
             .states
             .refresh(&self.key, version, || StateSnapshot::new(version, turn, turn::text_of_state(state)));

@@ -166,9 +166,9 @@ impl Handler<Observe> for InstanceActor {
     fn handle(&mut self, Observe { pack }: Observe, _: &mut Context<Self>) -> Observed {
         if pack
             && self.agenda.is_none()
-            && let State::Open(state) = &self.state
+            && let State::Open(state) = &self.kept.state
         {
-            self.state = State::Packed(turn::text_of_state(state));
+            self.kept.state = State::Packed(turn::text_of_state(state));
         }
         let inbox = self.agenda.as_ref().map_or(0, |a| a.inbox.len() + usize::from(a.thinking.is_some()));
         Observed { inbox, idle: self.agenda.is_none() && self.phase != Phase::Activating }

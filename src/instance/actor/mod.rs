@@ -4,7 +4,7 @@
 //! what it can be told. Not here: decisions (`turn`), queues (`inbox`), who keeps it alive (`cluster/shard.rs`).
 //! Invariants: one unit of work is with the store at a time, so units of an instance are in order; the state in memory runs
 //! ahead of the store only while that unit is out, and is loaded again when the unit is refused; nobody is answered before.
-//! Tests: `tests/it/turn.rs`, `tests/it/panic.rs`, `tests/it/activation.rs`, `tests/it/crash.rs`.
+//! Tests: at the foot; `tests/it/turn.rs`, `tests/it/panic.rs`, `tests/it/activation.rs`, `tests/it/crash.rs`.
 
 mod commit;
 pub mod message;
@@ -117,21 +117,27 @@ enum Stop {
     Think(Waiting, Vec<Action>),
 }
 
-/// One living instance.
-pub struct InstanceActor {
-    environment: Arc<Environment>,
-    key: InstanceKey,
+/// What an instance keeps between its turns. In an allocation of its own: with it in the actor, the task around the actor
+/// would fall into the allocator's next size class, for every instance in memory.
+struct Kept {
     tenure: Arc<Tenure>,
-    phase: Phase,
     exists: bool,
-    /// Its own mind; the node's default one when absent.
-    mind: Option<Arc<Mind>>,
     head: Head,
     version: u64,
     since_full: u64,
     /// How many stimuli were lodged for the shard when it was last loaded, as far as was known.
     lodged: u64,
     state: State,
+}
+
+/// One living instance.
+pub struct InstanceActor {
+    environment: Arc<Environment>,
+    key: InstanceKey,
+    phase: Phase,
+    /// Its own mind; the node's default one when absent.
+    mind: Option<Arc<Mind>>,
+    kept: Box<Kept>,
     agenda: Option<Box<Agenda>>,
 }
 
@@ -141,15 +147,17 @@ impl InstanceActor {
         Self {
             environment,
             key,
-            tenure,
             phase: Phase::Cold,
-            exists: false,
             mind: None,
-            head: Head::default(),
-            version: 0,
-            since_full: 0,
-            lodged: 0,
-            state: State::Open(Box::default()),
+            kept: Box::new(Kept {
+                tenure,
+                exists: false,
+                head: Head::default(),
+                version: 0,
+                since_full: 0,
+                lodged: 0,
+                state: State::Open(Box::default()),
+            }),
             agenda: None,
         }
     }
@@ -170,7 +178,7 @@ impl InstanceActor {
     }
 
     fn agenda(&mut self) -> &mut Agenda {
-        let busy = &self.tenure.busy;
+        let busy = &self.kept.tenure.busy;
         self.agenda.get_or_insert_with(|| {
             Box::new(Agenda {
                 inbox: Inbox::default(),
@@ -184,11 +192,11 @@ impl InstanceActor {
     }
 
     fn standing(&self) -> Standing {
-        Standing { turn: self.head.turn, version: self.version, since_full: self.since_full }
+        Standing { turn: self.kept.head.turn, version: self.kept.version, since_full: self.kept.since_full }
     }
 
     fn open_state(&mut self) -> Box<StateDoc> {
-        match std::mem::replace(&mut self.state, State::Open(Box::default())) {
+        match std::mem::replace(&mut self.kept.state, State::Open(Box::default())) {
             State::Open(state) => state,
             State::Packed(text) => Box::new(serde_json::from_str(text.get()).unwrap_or_default()),
         }
@@ -201,7 +209,7 @@ impl InstanceActor {
             return self.go_on(ctx);
         }
         self.become_(Phase::Activating);
-        self.lodged = self.tenure.lodged();
+        self.kept.lodged = self.kept.tenure.lodged();
         let store = self.environment.store.clone();
         let key = self.key.clone();
         ctx.spawn(async move { store.load(&key).await }.into_actor(self).map(|loaded, actor, ctx| {
@@ -228,11 +236,11 @@ impl InstanceActor {
             Some(profile) => Some(self.environment.minds.of(&profile)?),
             None => None,
         };
-        self.exists = loaded.exists;
-        self.head = loaded.head;
-        self.version = loaded.state.version;
-        self.since_full = loaded.turns_since_full;
-        self.state = State::Packed(loaded.state.doc);
+        self.kept.exists = loaded.exists;
+        self.kept.head = loaded.head;
+        self.kept.version = loaded.state.version;
+        self.kept.since_full = loaded.turns_since_full;
+        self.kept.state = State::Packed(loaded.state.doc);
         if !loaded.inbox.is_empty() {
             let agenda = self.agenda();
             let in_hand = agenda.thinking.as_ref().map(|thinking| thinking.waiting.stimulus.id.clone());
@@ -280,7 +288,7 @@ impl InstanceActor {
     }
 
     fn hand_over(&self, waiting: Waiting) {
-        if let Err(mut waiting) = self.tenure.hand_over(&self.key, waiting) {
+        if let Err(mut waiting) = self.kept.tenure.hand_over(&self.key, waiting) {
             waiting.tell(&Err(Error::Fenced));
         }
     }
@@ -357,7 +365,7 @@ impl InstanceActor {
             standing = standing.after(&record);
             decided.push((waiting, Arc::new(record)));
         }
-        self.state = State::Open(state);
+        self.kept.state = State::Open(state);
         if decided.is_empty() {
             return match stop {
                 None => self.go_on_soon(ctx),
@@ -391,5 +399,24 @@ impl Drop for InstanceActor {
     fn drop(&mut self) {
         self.environment.active.fetch_sub(1, std::sync::atomic::Ordering::AcqRel);
         self.environment.metrics.active.decrement(1.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use actix::dev::ContextFut;
+
+    use super::*;
+
+    /// What tokio puts around a future in its task: header, scheduler, id, and the links at its end.
+    const AROUND: usize = 96;
+
+    /// The limits are size classes of the allocator: a byte more costs every instance in memory 128 or 16.
+    #[test]
+    fn an_idle_instance_is_small() {
+        let task = AROUND + size_of::<ContextFut<InstanceActor, Context<InstanceActor>>>();
+        assert!(task <= 512, "the task of an instance has {task} bytes");
+        let kept = size_of::<Kept>();
+        assert!(kept <= 96, "what an instance keeps has {kept} bytes");
     }
 }

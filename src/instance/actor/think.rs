@@ -50,11 +50,11 @@ impl InstanceActor {
             now: environment.clock.now(),
             deadline: mind.profile.limits.think_seconds.map_or(environment.think, |s| Duration::from_secs(s.into())),
         };
-        self.state = State::Open(state);
+        self.kept.state = State::Open(state);
         if slow {
             environment.hub.begin_draft(&self.key, &waiting.stimulus.id);
         }
-        let asked = ask(environment, mind, question, self.head.turn, slow);
+        let asked = ask(environment, mind, question, self.kept.head.turn, slow);
         let handle = ctx.spawn(asked.into_actor(self).map(|answer, actor, ctx| {
             if let Some(thinking) = &mut actor.agenda().thinking {
                 thinking.answer = Some(answer);
@@ -73,7 +73,7 @@ impl InstanceActor {
                 let (standing, now, twin) = (self.standing(), self.environment.clock.now(), self.environment.twin);
                 let mut state = self.open_state();
                 let record = turn::conclude(standing, &waiting.stimulus, &mut state, Ok(actions), author, twin, now);
-                self.state = State::Open(state);
+                self.kept.state = State::Open(state);
                 self.submit_turns(standing.after(&record), vec![(waiting, Arc::new(record))], ctx);
             }
             Some(Err(Failure::Engine(error))) => {
