@@ -6,21 +6,11 @@ use serde_json::{Value, json};
 use crate::support::{
     Http, Node, PATIENCE,
     http::{echo, slow},
-    wait_until,
+    metric, wait_until,
 };
 
 async fn activation(http: &Http, instance: &str) -> Value {
     http.get(&format!("/v1/instances/{instance}")).await.expect(200)["activation"].clone()
-}
-
-/// The sum of a metric's series.
-async fn metric(http: &Http, name: &str) -> f64 {
-    let page = http.get("/metrics").await.text;
-    let value = |line: &str| {
-        let rest = line.strip_prefix(name)?;
-        (rest.starts_with([' ', '{'])).then(|| rest.rsplit(' ').next()?.parse::<f64>().ok()).flatten()
-    };
-    page.lines().filter_map(value).sum()
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::support::{Answer, Http, Node, PATIENCE, wait_until};
+use crate::support::{Answer, Http, Node, PATIENCE, resident_kb, seldom, wait_until};
 
 /// Sends bytes as they are and reads until the node closes or an answer is complete by its length.
 async fn raw(address: SocketAddr, request: &[u8]) -> String {
@@ -267,15 +267,10 @@ async fn clients_that_leave_take_nothing_with_them() {
     assert_eq!(http.get("/v1/instances/slow").await.expect(200)["turn"], 1);
 }
 
-fn resident_kb(pid: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
-
 #[tokio::test]
 async fn ten_thousand_idle_connections_cost_little_and_nobody_notices() {
     const COUNT: usize = 10_000;
+    let _alone = seldom().await;
     let node = Node::builder().config("[http]\nheader_seconds = 120\nkeep_alive_seconds = 120").start().await;
     let http = node.client();
     is_well(&http).await;

@@ -3,6 +3,7 @@
 //! Not here: crashes under load (`tests/it/crash.rs`), the external broker (`mqtt_external`).
 
 mod door;
+mod hostile;
 mod node;
 mod raw;
 

@@ -48,12 +48,14 @@ pub struct Hello<'a> {
     pub login: Option<(&'a str, &'a str)>,
     /// Topic and payload of a retained will.
     pub will: Option<(&'a str, &'a str)>,
+    /// Keep-alive in seconds, 0 for none.
+    pub keep_alive: u16,
 }
 
 impl<'a> Hello<'a> {
     /// A clean session without login.
     pub fn v5(client: &'a str) -> Self {
-        Self { is_v5: true, client, lasts: false, login: None, will: None }
+        Self { is_v5: true, client, lasts: false, login: None, will: None, keep_alive: 60 }
     }
 
     /// As [`Hello::v5`], with MQTT 3.1.1.
@@ -66,12 +68,14 @@ impl<'a> Hello<'a> {
         Self { lasts: true, ..self }
     }
 
-    fn packet(&self) -> Vec<u8> {
+    /// Its CONNECT.
+    pub fn packet(&self) -> Vec<u8> {
         let mut flags = if self.lasts { 0 } else { 2 };
         flags |= if self.will.is_some() { 0b10_1100 } else { 0 };
         flags |= if self.login.is_some() { 0xc0 } else { 0 };
         let mut body = text("MQTT");
-        body.extend_from_slice(&[if self.is_v5 { 5 } else { 4 }, flags, 0, 60]);
+        body.extend_from_slice(&[if self.is_v5 { 5 } else { 4 }, flags]);
+        body.extend_from_slice(&self.keep_alive.to_be_bytes());
         if self.is_v5 {
             body.extend_from_slice(if self.lasts { &[5, 0x11, 0, 0, 0x0e, 0x10] } else { &[0] });
         }
@@ -90,7 +94,11 @@ impl<'a> Hello<'a> {
 impl Raw {
     /// Connects and returns the CONNACK's session flag and code.
     pub async fn greet(to: SocketAddr, hello: Hello<'_>) -> (Self, bool, u8) {
-        let mut stream = TcpStream::connect(to).await.unwrap();
+        Self::over(TcpStream::connect(to).await.unwrap(), hello).await
+    }
+
+    /// As [`Raw::greet`], over a stream made elsewhere.
+    pub async fn over(mut stream: TcpStream, hello: Hello<'_>) -> (Self, bool, u8) {
         stream.set_nodelay(true).unwrap();
         stream.write_all(&hello.packet()).await.unwrap();
         let mut raw = Self { stream, is_v5: hello.is_v5 };

@@ -67,6 +67,29 @@ pub fn free_port() -> u16 {
     panic!("no free port between {FIRST} and {}", FIRST + COUNT);
 }
 
+/// Taken by a test that opens so many sockets that two of its kind would not fit into the files a process may open.
+pub async fn seldom() -> tokio::sync::MutexGuard<'static, ()> {
+    static ONE: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+    ONE.lock().await
+}
+
+/// Resident memory of a process, in KiB.
+pub fn resident_kb(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a line VmRSS");
+    line.split_whitespace().next().and_then(|number| number.parse().ok()).expect("a number")
+}
+
+/// The sum of a metric's series on a node's page; with labels in braces, the one series.
+pub async fn metric(http: &Http, name: &str) -> f64 {
+    let page = http.get("/metrics").await.text;
+    let value = |line: &str| {
+        let rest = line.strip_prefix(name)?;
+        (rest.starts_with([' ', '{'])).then(|| rest.rsplit(' ').next()?.parse::<f64>().ok()).flatten()
+    };
+    page.lines().filter_map(value).sum()
+}
+
 /// The repository's root.
 pub fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
