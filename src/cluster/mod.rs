@@ -8,7 +8,9 @@ use crate::types::Protocol;
 
 pub mod bus;
 pub mod calls;
+pub mod lease;
 pub mod operations;
+pub mod placement;
 pub mod router;
 pub mod shard;
 pub mod shards;

@@ -99,7 +99,7 @@ impl Fault for Error {
 }
 
 /// The right under which a unit is written. SQLite, which one process uses alone, accepts every fence.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Fence {
     /// The shard.
     pub shard: u32,

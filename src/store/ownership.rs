@@ -115,7 +115,7 @@ pub struct Renewal {
 }
 
 /// A node, as the store has it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct NodeRow {
     /// Its id.
     pub node: NodeId,
@@ -145,7 +145,7 @@ impl NodeRow {
 }
 
 /// A shard, as the store has it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct ShardRow {
     /// The shard.
     pub shard: u32,
@@ -158,7 +158,7 @@ pub struct ShardRow {
 }
 
 /// Everything about the cluster at one moment of the store.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct View {
     /// The store's time.
     pub now: Millis,
@@ -169,7 +169,7 @@ pub struct View {
 }
 
 /// A shard that a node wants, and the epoch at which it saw it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Claim {
     /// The shard.
     pub shard: u32,
@@ -234,14 +234,14 @@ pub trait Ownership: Send + Sync + 'static {
 }
 
 /// The rows and their rules in plain memory. Time is an argument.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct Rows {
     cluster: Option<String>,
     nodes: Vec<Member>,
     shards: Vec<ShardRow>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 struct Member {
     row: NodeRow,
     until: Millis,

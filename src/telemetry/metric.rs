@@ -109,6 +109,20 @@ metrics! {
     BUS_REFUSED = Counter "sophont_cluster_bus_refused_total";
     /// Messages lost on the bus, by reason (`connection`, `mailbox`, `late`, `unreadable`).
     BUS_LOST = Counter "sophont_cluster_bus_lost_total";
+    /// Members of the cluster whose lease runs, as this node sees them.
+    CLUSTER_NODES = Gauge "sophont_cluster_live_nodes";
+    /// Shards open on this node.
+    CLUSTER_SHARDS = Gauge "sophont_cluster_open_shards";
+    /// Time of one renewal of the lease in seconds.
+    CLUSTER_RENEWAL_SECONDS = Histogram "sophont_cluster_renewal_seconds";
+    /// Renewals that failed or were not answered in time.
+    CLUSTER_RENEWAL_FAILURES = Counter "sophont_cluster_renewal_failures_total";
+    /// Shards this node took.
+    CLUSTER_SHARDS_TAKEN = Counter "sophont_cluster_taken_shards_total";
+    /// Shards this node handed off in good order.
+    CLUSTER_SHARDS_HANDED = Counter "sophont_cluster_handed_shards_total";
+    /// Shards this node lost: taken by others, or closed because the lease was not renewed in time.
+    CLUSTER_SHARDS_LOST = Counter "sophont_cluster_lost_shards_total";
 }
 
 #[cfg(test)]

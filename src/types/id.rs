@@ -184,18 +184,22 @@ impl InstanceKey {
         shard
     }
 
-    /// A hash that is the same on every node, build and day: FNV-1a (Fowler, Noll, Vo) over tenant, a zero byte and
-    /// instance, finished with the 64-bit mix of MurmurHash3 (Appleby), because FNV's low bits alone spread badly.
+    /// A hash that is the same on every node, build and day.
     pub fn stable_hash(&self) -> u64 {
-        const PRIME: u64 = 0x0000_0100_0000_01b3;
-        let bytes = self.tenant.as_str().bytes().chain([0]).chain(self.instance.as_str().bytes());
-        let mut hash = bytes.fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(PRIME));
-        hash ^= hash >> 33;
-        hash = hash.wrapping_mul(0xff51_afd7_ed55_8ccd);
-        hash ^= hash >> 33;
-        hash = hash.wrapping_mul(0xc4ce_b9fe_1a85_ec53);
-        hash ^ (hash >> 33)
+        stable_hash(self.tenant.as_str().bytes().chain([0]).chain(self.instance.as_str().bytes()))
     }
+}
+
+/// A hash that is the same on every node, build and day: FNV-1a (Fowler, Noll, Vo), finished with the 64-bit mix of
+/// MurmurHash3 (Appleby), because FNV's low bits alone spread badly.
+pub fn stable_hash(bytes: impl Iterator<Item = u8>) -> u64 {
+    const PRIME: u64 = 0x0000_0100_0000_01b3;
+    let mut hash = bytes.fold(0xcbf2_9ce4_8422_2325, |h: u64, b| (h ^ u64::from(b)).wrapping_mul(PRIME));
+    hash ^= hash >> 33;
+    hash = hash.wrapping_mul(0xff51_afd7_ed55_8ccd);
+    hash ^= hash >> 33;
+    hash = hash.wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    hash ^ (hash >> 33)
 }
 
 impl fmt::Display for InstanceKey {

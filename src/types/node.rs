@@ -58,7 +58,7 @@ impl fmt::Display for Role {
 }
 
 /// The roles of a node.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Roles(BTreeSet<Role>);
 
@@ -87,7 +87,7 @@ impl FromIterator<Role> for Roles {
 }
 
 /// The versions of the cluster's protocol that a build speaks, both included.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Protocol {
     /// Oldest.
     pub min: u32,
@@ -109,7 +109,7 @@ impl fmt::Display for Protocol {
 }
 
 /// How busy a node is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 pub struct Load {
     /// Share of its processor time in use, in thousandths.
     pub busy_permille: u32,
