@@ -2,11 +2,10 @@
 //! acknowledged is lost, nothing is decided twice, each sender's order holds (promises 1 to 3), and no reply speaks of a
 //! turn that is not there (promise 5).
 //!
-//! `load.rs` has the senders and what they wrote down, `replies.rs` the device that listens. Each negative control breaks
+//! `support/load` has the senders and what they wrote down, `replies.rs` the device that listens. Each negative control breaks
 //! one promise on purpose and must be caught; without them a green run would prove little.
 //! `SOPHONT_CRASH_ROUNDS` sets the number of kills.
 
-mod load;
 mod replies;
 
 use std::{
@@ -19,8 +18,11 @@ use sophont::cli::check_history::check::{Seen, Stored, Verdict};
 
 use tokio::task::LocalSet;
 
-use crate::support::{Node, PATIENCE, wait_for};
-use load::{FAST, Load, instances};
+use crate::support::{
+    Node, PATIENCE,
+    load::{self, Book, Doors, FAST, Load, Shape, instances},
+    wait_for,
+};
 use replies::Replies;
 
 /// Kills when nobody says how many.
@@ -51,19 +53,22 @@ async fn read_back(node: &Node) -> HashMap<String, Vec<Value>> {
     all
 }
 
-/// Holds the senders' log against the turns. Stimuli are known by their content: a device on MQTT 3.1.1 cannot name them.
+/// Holds the senders' log against the turns.
 fn check(load: &Load, turns: &HashMap<String, Vec<Value>>) -> Verdict {
     let mut verdict = Verdict::default();
-    let log = load.log();
-    for instance in log.instances() {
-        let turns = turns[instance].iter().map(|turn| Seen {
-            turn: turn["turn"].as_u64().expect("a turn's number"),
-            id: turn["stimulus"]["content"].as_str().expect("a stimulus's content").to_owned(),
-            ..Seen::default()
-        });
-        let stored = Stored { turns: turns.collect(), ..Stored::default() };
-        verdict.check_instance(instance, log.sent(instance), &stored);
-    }
+    load.book().read(|log| {
+        for instance in log.instances() {
+            let turns = turns[instance].iter().map(|turn| Seen {
+                turn: turn["turn"].as_u64().expect("a turn's number"),
+                id: turn["stimulus"]["id"].as_str().expect("a stimulus's id").to_owned(),
+                content: turn["stimulus"]["content"].as_str().map(str::to_owned),
+                reply: turn["reply"]["content"].as_str().map(str::to_owned),
+                epoch: None,
+            });
+            let stored = Stored { turns: turns.collect(), ..Stored::default() };
+            verdict.check_instance(instance, log.sent(instance), &stored);
+        }
+    });
     verdict
 }
 
@@ -88,27 +93,27 @@ async fn kill_9_under_load_loses_doubles_and_disorders_nothing() {
 
 async fn kill_again_and_again() {
     let mut node = Node::builder().stable_ports().start().await;
-    load::prepare(&node).await;
+    Shape::default().prepare(&node.client()).await;
     let replies = Replies::start(node.mqtt());
     replies.until_listening().await;
-    let load = Load::start(&node, "main", true);
+    let load = Load::start(&Doors::of(&node), "main", &Shape { twins: true, ..Shape::default() }, Book::default());
     for round in 0..rounds() {
-        load.until_acknowledged(next_target()).await;
+        load.until_accepted(next_target()).await;
         node.kill9().await;
         if round % 3 == 2 {
             node.start_and_kill_early(round % 2 == 0).await;
         }
         node.start_again().await;
     }
-    load.until_acknowledged(next_target()).await;
+    load.until_accepted(next_target()).await;
     let load = load.finish().await;
     let (verdict, turns) = settle(&load, &node).await;
     println!("after {} kills: {verdict:?}", rounds());
     assert!(verdict.is_clean(), "{verdict:#?}");
     assert!(verdict.acked >= 100 * rounds(), "{verdict:?}");
     assert_eq!(verdict.foreign, 0, "every turn was asked for: {verdict:?}");
-    assert_eq!(load.contradictions(), 0, "a stimulus was acknowledged under two turn numbers");
-    assert_eq!(load.forgotten_sessions(), 0, "a device's session did not survive a kill");
+    assert_eq!(load.book().surprises(), Vec::<String>::new());
+    assert_eq!(load.book().forgotten_sessions(), 0, "a device's session did not survive a kill");
     assert_state_follows_turns(&node, &turns).await;
     replies.until_answered(&load.sent_by_devices(), &turns).await;
 
@@ -133,10 +138,10 @@ async fn assert_state_follows_turns(node: &Node, turns: &HashMap<String, Vec<Val
 /// Runs load with a fault and kills until the checker complains. Without twins: only repeats after a kill may be to blame.
 async fn until_caught(fault: &str, caught: impl Fn(&Verdict) -> u64) {
     let mut node = Node::builder().stable_ports().config(&format!("[faults]\n{fault} = true")).start().await;
-    load::prepare(&node).await;
+    Shape::default().prepare(&node.client()).await;
     for round in 0..CONTROL_ROUNDS {
-        let load = Load::start(&node, &format!("r{round}"), false);
-        load.until_acknowledged(next_target()).await;
+        let load = Load::start(&Doors::of(&node), &format!("r{round}"), &Shape::default(), Book::default());
+        load.until_accepted(next_target()).await;
         node.kill9().await;
         node.start_again().await;
         let load = load.finish().await;

@@ -12,6 +12,7 @@ use std::{
 
 pub mod device;
 pub mod http;
+pub mod load;
 pub mod mosquitto;
 pub mod node;
 pub mod program;

@@ -149,11 +149,16 @@ impl Mosquitto {
         .await;
     }
 
+    /// Sends it a signal and does not wait for anything.
+    pub fn signal(&self, signal: Signal) {
+        let pid = self.child.as_ref().and_then(Child::id).expect("the broker runs");
+        kill(Pid::from_raw(i32::try_from(pid).expect("a process id")), signal).expect("the broker takes the signal");
+    }
+
     /// Stops it; with SIGTERM it saves what it keeps, with SIGKILL it does not.
     pub async fn stop(&mut self, signal: Signal) {
+        self.signal(signal);
         let mut child = self.child.take().expect("the broker runs");
-        let pid = i32::try_from(child.id().expect("the broker runs")).expect("a process id");
-        kill(Pid::from_raw(pid), signal).expect("the broker takes the signal");
         let ended = tokio::time::timeout(PATIENCE, child.wait()).await;
         ended.expect("the broker ends").expect("its exit status");
     }

@@ -1,0 +1,170 @@
+//! Chaos: real processes under load, hurt in ways and at moments that a seed decides; then the history checker judges.
+//!
+//! `fault.rs` draws what goes wrong, `world.rs` does it, `proxy.rs` stands on every way, `outage.rs` says how long each
+//! instance was out of reach; the senders are those of `tests/it/support/load`. The negative controls break a promise on
+//! purpose and must be caught. `SOPHONT_CHAOS_FAULTS` and `SOPHONT_CHAOS_SEED` choose length and seed (`docs/testing.md`).
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod fault;
+mod outage;
+mod proxy;
+#[path = "../it/support/mod.rs"]
+mod support;
+mod world;
+
+use std::{path::Path, time::Duration};
+
+use serde_json::Value;
+use tokio::{sync::Mutex, task::LocalSet};
+
+use fault::{Fault, plan};
+use outage::{Strike, table};
+use support::{
+    PATIENCE,
+    load::{Book, Load, Shape},
+    node, wait_for,
+};
+use world::World;
+
+/// Faults of a run when nobody says how many: each kind about once.
+const FAULTS: usize = 8;
+const SEED: u64 = 1;
+/// Acceptances between two faults.
+const BETWEEN: u64 = 60;
+/// Rounds in which a broken promise must have been caught.
+const CONTROL_ROUNDS: u64 = 25;
+
+/// One world at a time: they would disturb each other's times.
+static TURN: Mutex<()> = Mutex::const_new(());
+
+fn number(name: &str, usual: u64) -> u64 {
+    std::env::var(name).map_or(usual, |text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
+}
+
+fn shape() -> Shape {
+    let (patience, pace) = (Duration::from_secs(3), Duration::from_millis(20));
+    Shape { twins: true, nameless: true, patience, pace, ..Shape::default() }
+}
+
+/// What `sophont check-history` says about a log.
+async fn check(world: &World, log: &Path) -> Value {
+    let urls = world.urls();
+    let mut arguments = vec!["check-history", "--json", log.to_str().unwrap()];
+    urls.iter().for_each(|url| arguments.extend(["--url", url]));
+    let output = node::run(&arguments).await;
+    let text = String::from_utf8_lossy(&output.stdout);
+    serde_json::from_str(&text).unwrap_or_else(|_| panic!("{text}{}", String::from_utf8_lossy(&output.stderr)))
+}
+
+/// The verdict once everything accepted had time to be decided. What is still missing at the deadline is lost.
+async fn settled(world: &World, log: &Path, shape: &Shape) -> Value {
+    world.until_decided(&shape.instances()).await;
+    let mut last = Value::Null;
+    let started = std::time::Instant::now();
+    wait_for("nothing is on its way", 3 * PATIENCE, async || {
+        last = check(world, log).await;
+        // A broker may still hold what it accepted for us.
+        (last["lost"] == 0 || started.elapsed() > PATIENCE).then_some(())
+    })
+    .await;
+    last
+}
+
+fn violations(verdict: &Value) -> u64 {
+    let kinds = ["lost", "doubled", "moved", "altered", "disordered", "gaps", "interleaved", "diverged"];
+    kinds.iter().map(|kind| verdict[kind].as_u64().unwrap()).sum()
+}
+
+/// Hurts a world under load as planned, and expects every promise kept.
+async fn survives(mut world: World, shape: Shape, seed: u64, faults: Vec<Fault>) {
+    shape.prepare(&world.http(0)).await;
+    let log = world.home().join("history.jsonl");
+    let load = Load::start(&world.doors(), "c", &shape, Book::in_file(&log));
+    load.until_accepted(BETWEEN).await;
+    let mut strikes = Vec::new();
+    for (at, fault) in faults.iter().enumerate() {
+        println!("seed {seed}, fault {at}: {fault}");
+        let from = std::time::Instant::now();
+        world.suffer(*fault).await;
+        load.until_each_is_served().await;
+        strikes.push(Strike { kind: fault.kind(), from, to: std::time::Instant::now() });
+        load.until_accepted(BETWEEN).await;
+    }
+    let load = load.finish().await;
+    load.book().flush();
+    println!("{}", table(&strikes, &load.book().served()));
+    let verdict = settled(&world, &log, &shape).await;
+    keep_evidence(&verdict, &log, seed);
+    assert_eq!(violations(&verdict), 0, "seed {seed}: {verdict:#}");
+    assert_eq!(load.book().surprises(), Vec::<String>::new(), "seed {seed}");
+    assert_eq!(load.book().forgotten_sessions(), 0, "seed {seed}: a device's session was forgotten");
+    assert!(verdict["acked"].as_u64().unwrap() >= BETWEEN * faults.len() as u64, "{verdict:#}");
+
+    // What was shown was on disk, not only in memory.
+    world.kill_all().await;
+    let again = settled(&world, &log, &shape).await;
+    assert_eq!(again, verdict, "seed {seed}: the history changed with one more kill");
+    let [sent, accepted, turns] = ["sent", "acked", "turns"].map(|name| verdict[name].clone());
+    println!("seed {seed}: {} faults, {sent} sent, {accepted} accepted, {turns} turns, no violation", faults.len());
+}
+
+/// A log that proves something is kept where it can be looked at.
+fn keep_evidence(verdict: &Value, log: &Path, seed: u64) {
+    if violations(verdict) > 0 {
+        let kept = std::env::temp_dir().join(format!("sophont-chaos-{seed}-{}.jsonl", std::process::id()));
+        std::fs::copy(log, &kept).expect("the log is kept");
+        println!("the log is kept in {}", kept.display());
+    }
+}
+
+async fn run(world: impl Future<Output = World>, shape: Shape) {
+    let _turn = TURN.lock().await;
+    let (seed, count) = (number("SOPHONT_CHAOS_SEED", SEED), number("SOPHONT_CHAOS_FAULTS", FAULTS as u64));
+    let world = world.await;
+    let faults = plan(seed, usize::try_from(count).unwrap(), &world.terrain());
+    LocalSet::new().run_until(survives(world, shape, seed, faults)).await;
+}
+
+#[tokio::test]
+async fn one_node_keeps_its_promises() {
+    run(World::one_node(""), shape()).await;
+}
+
+#[tokio::test]
+async fn one_node_behind_a_broker_keeps_its_promises() {
+    run(World::behind_a_broker(""), Shape { through_broker: true, ..shape() }).await;
+}
+
+/// Runs load with a promise broken on purpose, and kills until the checker complains.
+async fn is_caught(broken: &str, kind: &str) {
+    let _turn = TURN.lock().await;
+    let mut world = World::one_node(&format!("[faults]\n{broken} = true")).await;
+    // Without twins and paces: only repeats after a kill may be to blame, and much is to be in flight.
+    let shape = Shape { patience: Duration::from_secs(3), ..Shape::default() };
+    shape.prepare(&world.http(0)).await;
+    for round in 0..CONTROL_ROUNDS {
+        let log = world.home().join(format!("history-{round}.jsonl"));
+        let load = Load::start(&world.doors(), &format!("r{round}"), &shape, Book::in_file(&log));
+        load.until_accepted(150 + 37 * round % 100).await;
+        world.suffer(Fault::one(fault::What::Kill(0), Duration::ZERO)).await;
+        let load = load.finish().await;
+        load.book().flush();
+        world.until_decided(&shape.instances()).await;
+        let verdict = check(&world, &log).await;
+        if verdict[kind].as_u64().unwrap() > 0 {
+            println!("{broken} was caught in round {round}: {} {kind}", verdict[kind]);
+            return;
+        }
+    }
+    panic!("{broken} was not caught in {CONTROL_ROUNDS} rounds: the chaos test proves nothing");
+}
+
+#[tokio::test]
+async fn an_acknowledgement_before_the_commit_is_caught() {
+    LocalSet::new().run_until(is_caught("ack_before_commit", "lost")).await;
+}
+
+#[tokio::test]
+async fn a_repeat_that_is_not_recognised_is_caught() {
+    LocalSet::new().run_until(is_caught("dedupe_off", "doubled")).await;
+}
