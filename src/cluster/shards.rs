@@ -4,7 +4,7 @@
 //! Not here: what a shard does (`shard`), who gets which (`membership`).
 //! Invariants: a shard that died is replaced on the arbiter it lived on, once, under the same tenure; a shard that is closed
 //! takes nothing new, finishes what it has, and only then is let go; two tenures of a shard never overlap on a node.
-//! Tests: `tests/it/turn.rs`, `tests/it/panic.rs`.
+//! Tests: `tests/it/tenure.rs`, `tests/it/panic.rs`.
 
 use std::{
     sync::{

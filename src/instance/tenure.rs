@@ -3,7 +3,7 @@
 //!
 //! Not here: who gets a shard (`cluster`). Invariants: a tenure that is over never becomes valid again; its shard's next
 //! tenure on this node has a higher epoch.
-//! Tests: `tests/it/turn.rs`, `tests/it/panic.rs`.
+//! Tests: `tests/it/tenure.rs`, `tests/it/panic.rs`.
 
 use std::sync::{
     Arc,

@@ -27,5 +27,6 @@ mod store_contract;
 mod store_model;
 mod store_sqlite;
 mod support_works;
+mod tenure;
 mod thinking;
 mod turn;
