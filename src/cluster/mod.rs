@@ -9,6 +9,7 @@ use crate::types::Protocol;
 pub mod bus;
 pub mod calls;
 pub mod lease;
+pub mod membership;
 pub mod operations;
 pub mod placement;
 pub mod router;
@@ -18,5 +19,6 @@ pub mod shards;
 /// The versions of the cluster's protocol this build speaks: rows, messages and stored formats that nodes share.
 pub const PROTOCOL: Protocol = Protocol { min: 1, max: 1 };
 
+pub use membership::Membership;
 pub use operations::Operations;
 pub use router::Router;

@@ -11,7 +11,7 @@ use std::{
 use secrecy::ExposeSecret;
 
 use super::{Auth, Cognition, Config, Delivery, Mqtt, MqttMode};
-use crate::types::{limits::MAX_ID_BYTES, profile::EngineName};
+use crate::types::{InstanceId, limits::MAX_ID_BYTES, profile::EngineName};
 
 /// A value that makes no sense.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,7 +81,10 @@ fn ranges(config: &Config, found: &mut Findings) {
     found.range(&["store", "max_queue"], store.max_queue, store.max_batch.max(1)..=10_000_000);
     found.range(&["store", "readers"], store.readers, 0..=256);
     found.range(&["store", "cache_mb"], store.cache_mb, 1..=65_536);
+    found.range(&["node", "weight"], node.weight, 1..=10_000);
     found.range(&["cluster", "shards"], cluster.shards, 1..=65_536);
+    found.range(&["cluster", "lease_seconds"], cluster.lease_seconds, 1..=600);
+    found.range(&["cluster", "max_moves"], cluster.max_moves, 1..=65_536);
     let most = scaling.max_consciousness_instances;
     found.range(&["scaling", "max_consciousness_instances"], most, 1..=100_000_000);
     found.range(&["scaling", "cache_l1_size_mb"], scaling.cache_l1_size_mb, 0..=1_048_576);
@@ -107,6 +110,13 @@ fn names(config: &Config, found: &mut Findings) {
             &["node", "name"],
             format!("a node's name has at most {MAX_ID_BYTES} bytes and no control characters"),
         );
+    }
+    if config.node.roles.iter().next().is_none() {
+        found.add(&["node", "roles"], "a node without a role does nothing: name at least one");
+    }
+    if InstanceId::new(&config.cluster.name).is_err() {
+        let least = "a cluster's name has 1 to 128 characters of A-Z a-z 0-9 . _ ~ -";
+        found.add(&["cluster", "name"], least);
     }
     if config.node.data_dir.as_os_str().is_empty() {
         found.add(&["node", "data_dir"], "the data folder has no name");

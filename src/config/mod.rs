@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::{InstanceId, Scope, TenantId, profile::EngineName};
+use crate::types::{InstanceId, Roles, Scope, TenantId, profile::EngineName};
 
 mod check;
 pub mod env;
@@ -67,6 +67,10 @@ pub struct Node {
     pub drain_seconds: u64,
     /// How long to serve on while readiness already says no, in seconds.
     pub leave_seconds: u64,
+    /// The work this node takes.
+    pub roles: Roles,
+    /// How many instances it takes compared to other nodes.
+    pub weight: u32,
 }
 
 impl Node {
@@ -207,8 +211,14 @@ pub struct Store {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Cluster {
+    /// Its name.
+    pub name: String,
     /// Hash slices of instances.
     pub shards: u32,
+    /// How long a silent node keeps what it owns, in seconds.
+    pub lease_seconds: u64,
+    /// Most shards on the move at once.
+    pub max_moves: usize,
 }
 
 /// `[scaling]`

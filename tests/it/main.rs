@@ -18,6 +18,7 @@ mod hostile;
 mod http;
 mod instance;
 mod load;
+mod membership;
 mod mqtt;
 mod mqtt_external;
 mod overload;
