@@ -136,6 +136,7 @@ fn settings(batch: usize) -> config::Store {
         max_queue: 65_536,
         readers: 1,
         cache_mb: 32,
+        postgres: config::Config::default().store.postgres,
     }
 }
 

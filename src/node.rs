@@ -30,7 +30,8 @@ use crate::{
     store::{
         self, Store,
         memory::MemoryStore,
-        ownership::{Alone, Claim, Joining, Ownership as _},
+        ownership::{Alone, Claim, Joining, Ownership},
+        postgres::{self, PostgresStore},
         sqlite::{Options, SqliteStore},
     },
     telemetry::prometheus,
@@ -199,7 +200,7 @@ impl Node {
             .map(Edge::new)
             .map_err(part)?;
 
-        let store = open_store(config, &clock)?;
+        let (store, ownership) = open_store(config, &clock, &edge.handle).await?;
         let environment = Environment::new(config, store.clone(), clock.clone()).map_err(part)?;
         let count = if config.node.arbiters == 0 { cores } else { config.node.arbiters };
         let arbiters: Vec<_> = (0..count).map(|_| Arbiter::new()).collect();
@@ -207,7 +208,7 @@ impl Node {
         let environment = Arc::new(environment);
         let shards = Shards::new(environment.clone(), config.cluster.shards, handles);
         let router = Router::new(environment, shards.clone());
-        let operations = join_alone(config, &shards).await?;
+        let operations = join_alone(config, &shards, ownership).await?;
 
         let door = match config.mqtt.mode {
             MqttMode::Off => Door::Off,
@@ -333,9 +334,8 @@ impl Node {
     }
 }
 
-/// A node that shares its store with nobody owns every shard, and is a cluster of one.
-async fn join_alone(config: &Config, shards: &Shards) -> Result<Operations, Error> {
-    let ownership = Arc::new(Alone::default());
+/// The node joins and takes every shard that is free: all of them, where it shares its store with nobody.
+async fn join_alone(config: &Config, shards: &Shards, ownership: Arc<dyn Ownership>) -> Result<Operations, Error> {
     let joining = Joining {
         node: NodeId::generate(&config.node.name()),
         cluster: String::from("sophont"),
@@ -346,17 +346,30 @@ async fn join_alone(config: &Config, shards: &Shards) -> Result<Operations, Erro
         protocol: cluster::PROTOCOL,
         lease: Duration::from_secs(3),
     };
-    ownership.join(&joining).await.map_err(part)?;
-    let claims: Vec<_> = (0..shards.count()).map(|shard| Claim { shard, epoch: 0 }).collect();
+    let view = ownership.join(&joining).await.map_err(part)?;
+    let claims: Vec<_> = view.shards.iter().map(|row| Claim { shard: row.shard, epoch: row.epoch }).collect();
     for fence in ownership.take(&joining.node, &claims).await.map_err(part)? {
         shards.open(fence.shard, fence.epoch, None).await.map_err(part)?;
     }
     Ok(Operations::new(ownership, joining.node))
 }
 
-fn open_store(config: &Config, clock: &Clock) -> Result<Arc<dyn Store>, Error> {
+/// A store, and who keeps account of its shards' owners.
+type Opened = (Arc<dyn Store>, Arc<dyn Ownership>);
+
+async fn open_store(config: &Config, clock: &Clock, handle: &tokio::runtime::Handle) -> Result<Opened, Error> {
     match config.store.backend {
-        Backend::Memory => Ok(Arc::new(MemoryStore::new())),
+        Backend::Memory => Ok((Arc::new(MemoryStore::new()), Arc::new(Alone::default()))),
+        Backend::Postgres => {
+            let options = postgres::Options {
+                #[cfg(feature = "faults")]
+                dedupe: !config.faults.dedupe_off,
+                ..postgres::Options::default()
+            };
+            let (shards, handle) = (config.cluster.shards, handle.clone());
+            let store = PostgresStore::open_with(&config.store, shards, clock.clone(), handle, options).await?;
+            Ok((store.clone(), store))
+        }
         Backend::Sqlite => {
             let path = &config.node.data_dir;
             std::fs::create_dir_all(path).map_err(|source| Error::DataDir { path: path.clone(), source })?;
@@ -367,7 +380,8 @@ fn open_store(config: &Config, clock: &Clock) -> Result<Arc<dyn Store>, Error> {
                 disk_full_file: config.faults.disk_full_file.clone(),
                 ..Options::default()
             };
-            Ok(SqliteStore::open_with(path, &config.store, clock.clone(), options)?)
+            let store = SqliteStore::open_with(path, &config.store, clock.clone(), options)?;
+            Ok((store, Arc::new(Alone::default())))
         }
     }
 }

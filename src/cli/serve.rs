@@ -126,8 +126,8 @@ impl Signals {
 fn warn(config: &Config) {
     match (config.store.backend, config.store.durability) {
         (Backend::Memory, _) => tracing::warn!("store.backend is \"memory\": nothing survives the end of this process"),
-        (Backend::Sqlite, Durability::Full) => {}
-        (Backend::Sqlite, _) => {
+        (Backend::Sqlite | Backend::Postgres, Durability::Full) => {}
+        (Backend::Sqlite | Backend::Postgres, _) => {
             tracing::warn!("store.durability is not \"full\": a power cut may lose what was acknowledged last");
         }
     }
@@ -159,6 +159,7 @@ impl Facts {
         };
         let data = match config.store.backend {
             Backend::Memory => String::from("in memory only"),
+            Backend::Postgres => String::from("in PostgreSQL"),
             Backend::Sqlite => {
                 let durability = format!("{:?}", config.store.durability).to_lowercase();
                 format!("{} (sqlite, durability {durability})", absolute(&config.node.data_dir))

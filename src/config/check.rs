@@ -10,7 +10,7 @@ use std::{
 
 use secrecy::ExposeSecret;
 
-use super::{Auth, Cognition, Config, Delivery, Mqtt, MqttMode};
+use super::{Auth, Backend, Cognition, Config, Delivery, Mqtt, MqttMode, PostgresTls, Store};
 use crate::types::{InstanceId, limits::MAX_ID_BYTES, profile::EngineName};
 
 /// A value that makes no sense.
@@ -55,6 +55,7 @@ pub(super) fn check(config: &Config, has_env: &dyn Fn(&str) -> bool) -> Vec<Foun
     ranges(config, &mut found);
     names(config, &mut found);
     mqtt(&config.mqtt, has_env, &mut found);
+    store(&config.store, has_env, &mut found);
     cognition(&config.cognition, has_env, &mut found);
     delivery(&config.delivery, &mut found);
     auth(&config.auth, has_env, &mut found);
@@ -82,6 +83,15 @@ fn ranges(config: &Config, found: &mut Findings) {
     found.range(&["store", "readers"], store.readers, 0..=256);
     found.range(&["store", "cache_mb"], store.cache_mb, 1..=65_536);
     found.range(&["node", "weight"], node.weight, 1..=10_000);
+    let postgres = &store.postgres;
+    let at = |key| ["store", "postgres", key];
+    found.range(&at("lanes"), postgres.lanes, 1..=64);
+    found.range(&at("pool"), postgres.pool, 1..=256);
+    found.range(&at("wait_ms"), postgres.wait_ms, 10..=60_000);
+    found.range(&at("connect_ms"), postgres.connect_ms, 10..=60_000);
+    found.range(&at("statement_ms"), postgres.statement_ms, 100..=3_600_000);
+    found.range(&at("lock_ms"), postgres.lock_ms, 100..=600_000);
+    found.range(&at("idle_in_transaction_ms"), postgres.idle_in_transaction_ms, 100..=600_000);
     found.range(&["cluster", "shards"], cluster.shards, 1..=65_536);
     found.range(&["cluster", "lease_seconds"], cluster.lease_seconds, 1..=600);
     found.range(&["cluster", "max_moves"], cluster.max_moves, 1..=65_536);
@@ -130,6 +140,45 @@ fn names(config: &Config, found: &mut Findings) {
 fn has_credentials(url: &str) -> bool {
     let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
     rest.split(['/', '?', '#']).next().is_some_and(|authority| authority.contains('@'))
+}
+
+/// Whether a URL has a password before its host.
+fn has_password(url: &str) -> bool {
+    let rest = url.split_once("://").map_or(url, |(_, rest)| rest);
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    let named = url.split(['?', '&', ' ']).any(|part| part.starts_with("password="));
+    named || authority.rsplit_once('@').is_some_and(|(user, _)| user.contains(':'))
+}
+
+fn store(store: &Store, has_env: &dyn Fn(&str) -> bool, found: &mut Findings) {
+    let postgres = &store.postgres;
+    for (key, url) in [("url", &postgres.url), ("direct_url", &postgres.direct_url)] {
+        if has_password(url) {
+            let message = "this is shown and logged, so it holds no password";
+            found.add_with_hint(
+                &["store", "postgres", key],
+                message,
+                "put the whole address into a variable and name it in the setting that ends in _env",
+            );
+        }
+    }
+    if store.backend != Backend::Postgres {
+        return;
+    }
+    for (key, name) in [("url_env", &postgres.url_env), ("direct_url_env", &postgres.direct_url_env)] {
+        variable(&["store", "postgres", key], name, has_env, found);
+    }
+    if postgres.url.is_empty() && postgres.url_env.is_empty() {
+        let message = "backend \"postgres\" needs the address of the database, postgres://USER@HOST:PORT/DATABASE";
+        found.add(&["store", "postgres", "url"], message);
+    }
+    if postgres.pooler && postgres.direct_url.is_empty() && postgres.direct_url_env.is_empty() {
+        let message = "behind a pooler, migrations and session locks need the server's own address";
+        found.add(&["store", "postgres", "direct_url"], message);
+    }
+    if postgres.tls == PostgresTls::Off && postgres.tls_ca.is_some() {
+        found.add(&["store", "postgres", "tls_ca"], "tls_ca is used only with tls = \"verify\"");
+    }
 }
 
 fn variable(path: &[&str], name: &str, has_env: &dyn Fn(&str) -> bool, found: &mut Findings) {

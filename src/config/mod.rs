@@ -173,6 +173,8 @@ pub struct Mqtt {
 pub enum Backend {
     /// One file in the data folder.
     Sqlite,
+    /// A database that many nodes share.
+    Postgres,
     /// Nothing survives: for trying things and for tests.
     Memory,
 }
@@ -205,6 +207,56 @@ pub struct Store {
     pub readers: usize,
     /// Page cache of each connection, in MiB.
     pub cache_mb: usize,
+    /// `[store.postgres]`
+    pub postgres: Postgres,
+}
+
+/// How connections to PostgreSQL are protected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PostgresTls {
+    /// Not at all.
+    Off,
+    /// TLS; the server's certificate must be good and for its name.
+    Verify,
+}
+
+/// `[store.postgres]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Postgres {
+    /// Where the database is; without a password.
+    #[serde(default)]
+    pub url: String,
+    /// Environment variable that holds the address, password and all; it goes before `url`.
+    #[serde(default)]
+    pub url_env: String,
+    /// Where the server itself is, when `url` is that of a pooler.
+    #[serde(default)]
+    pub direct_url: String,
+    /// As `url_env`, for `direct_url`.
+    #[serde(default)]
+    pub direct_url_env: String,
+    /// Whether a pooler in transaction mode stands between.
+    pub pooler: bool,
+    /// TLS.
+    pub tls: PostgresTls,
+    /// PEM file with the authorities to trust; the system's when absent.
+    pub tls_ca: Option<PathBuf>,
+    /// Connections that commit.
+    pub lanes: usize,
+    /// Most connections that read.
+    pub pool: usize,
+    /// Longest wait for a connection of the pool, in milliseconds.
+    pub wait_ms: u64,
+    /// Longest wait for the server to answer when connecting, in milliseconds.
+    pub connect_ms: u64,
+    /// Longest statement, in milliseconds.
+    pub statement_ms: u64,
+    /// Longest wait for a lock, in milliseconds.
+    pub lock_ms: u64,
+    /// How long the server waits in the middle of a transaction for a node that is silent, in milliseconds.
+    pub idle_in_transaction_ms: u64,
 }
 
 /// `[cluster]`

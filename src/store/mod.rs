@@ -1,7 +1,7 @@
 //! The durable truth: what is accepted, decided, remembered and still to be sent.
 //!
-//! Owns: the traits every backend implements and the units of work they commit. Two backends stand here: [`sqlite`]
-//! (one writer, group commit) and [`memory`] (tests and simulation, with faults on demand). PostgreSQL comes as a third.
+//! Owns: the traits every backend implements and the units of work they commit. Backends: [`sqlite`]
+//! (one writer, group commit), [`postgres`] (shared by many nodes) and [`memory`] (tests and simulation, with faults on demand).
 //! Not here: what a turn decides (`instance::turn`), caching (`scaling`), delivery (`delivery`).
 //!
 //! Invariants:
@@ -13,7 +13,10 @@
 //!
 //! Tests: `tests/it/store_contract.rs` runs one suite over all backends.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -26,7 +29,9 @@ mod check;
 mod links;
 pub mod memory;
 pub mod ownership;
+pub mod postgres;
 mod rank;
+mod record;
 mod replay;
 mod scope;
 pub mod sqlite;
@@ -233,12 +238,12 @@ type Tell = Box<dyn FnOnce(Result<Committed, Rejection>) + Send>;
 
 /// The end of a unit, told once. Runs on the writer's thread (or the submitter's, when the unit is refused at once or the
 /// backend is [`memory`]): it must be short, must not block, and must not want a lock its submitter holds.
-pub struct Done(Option<Tell>);
+pub struct Done(Mutex<Option<Tell>>);
 
 impl Done {
     /// Calls `tell` with the end.
     pub fn new(tell: impl FnOnce(Result<Committed, Rejection>) + Send + 'static) -> Self {
-        Self(Some(Box::new(tell)))
+        Self(Mutex::new(Some(Box::new(tell))))
     }
 
     /// A future of the end. Dropping the future loses the news, not the work.
@@ -249,7 +254,12 @@ impl Done {
 
     /// Tells the end.
     pub fn tell(mut self, end: Result<Committed, Rejection>) {
-        if let Some(tell) = self.0.take() {
+        self.take_and_tell(end);
+    }
+
+    /// The lock is never taken: it only lets a batch of units be looked at by several threads.
+    fn take_and_tell(&mut self, end: Result<Committed, Rejection>) {
+        if let Some(tell) = self.0.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
             tell(end);
         }
     }
@@ -258,9 +268,7 @@ impl Done {
 impl Drop for Done {
     /// A unit that is dropped unwritten has failed.
     fn drop(&mut self) {
-        if let Some(tell) = self.0.take() {
-            tell(Err(Rejection::Failed(Error::Closed)));
-        }
+        self.take_and_tell(Err(Rejection::Failed(Error::Closed)));
     }
 }
 

@@ -26,6 +26,7 @@ mod ownership_contract;
 mod panic;
 mod store_contract;
 mod store_model;
+mod store_postgres;
 mod store_sqlite;
 mod support_works;
 mod tenure;

@@ -10,24 +10,44 @@ use sophont::{
         Done, Fence, Head, Rejection, Store, Unit, Work,
         memory::MemoryStore,
         ownership::{Alone, Claim, Error, Joining, Ownership, Renewal, View},
+        postgres::PostgresStore,
     },
     types::{Load, Millis, NodeId, Protocol, Role, Roles},
 };
 
-use crate::store_contract::{key, record, stimulus};
+use crate::{
+    store_contract::{key, postgres_settings, record, stimulus},
+    support::postgres,
+};
 
 /// A store that nodes share, and how time and crashes come about in it.
 pub struct Subject {
     pub ownership: Arc<dyn Ownership>,
     pub store: Arc<dyn Store>,
     memory: Option<(MemoryStore, Clock)>,
+    /// The database, where it is one.
+    url: Option<String>,
 }
 
 impl Subject {
     pub fn memory() -> Self {
         let clock = Clock::manual(Millis(1_000_000));
         let store = MemoryStore::shared(true, 100, SHARDS, clock.clone());
-        Self { ownership: Arc::new(store.clone()), store: Arc::new(store.clone()), memory: Some((store, clock)) }
+        Self {
+            ownership: Arc::new(store.clone()),
+            store: Arc::new(store.clone()),
+            memory: Some((store, clock)),
+            url: None,
+        }
+    }
+
+    pub async fn postgres() -> Self {
+        let url = postgres::shared().database().await;
+        let (config, runtime) = (postgres_settings(&url), postgres::runtime());
+        let opening =
+            runtime.clone().spawn(async move { PostgresStore::open(&config, SHARDS, Clock::System, runtime).await });
+        let store = opening.await.unwrap().unwrap();
+        Self { ownership: store.clone(), store, memory: None, url: Some(url) }
     }
 
     /// Lets leases of [`LEASE`] pass, unless they are renewed later.
@@ -35,12 +55,23 @@ impl Subject {
         if let Some((_, clock)) = &self.memory {
             clock.advance(LEASE.as_millis() as i64 + 1);
         }
+        if let Some(url) = &self.url {
+            let past = "UPDATE nodes SET lease_until = lease_until - interval '3001 milliseconds'";
+            postgres::connect(url).await.execute(past, &[]).await.unwrap();
+        }
     }
 
     /// Ends the node's process without a word.
     pub async fn kill(&self, node: &NodeId) {
         if let Some((store, _)) = &self.memory {
             store.faults().set_alive(node, false);
+        }
+        if let Some(url) = &self.url {
+            let kill =
+                "SELECT pg_terminate_backend(l.pid, 10000) FROM pg_locks l JOIN nodes n ON l.objid::int8 = n.session
+                        WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND n.node = $1";
+            let killed = postgres::connect(url).await.query(kill, &[&node.as_str()]).await.unwrap();
+            assert_eq!(killed.len(), 1, "its session was there");
         }
     }
 }
@@ -100,6 +131,9 @@ macro_rules! contract {
     ($($name:ident)*) => {
         mod memory {
             $(#[tokio::test] async fn $name() { super::$name(super::Subject::memory()).await; })*
+        }
+        mod on_postgres {
+            $(#[tokio::test] async fn $name() { super::$name(super::Subject::postgres().await).await; })*
         }
     };
 }

@@ -14,6 +14,7 @@ use sophont::{
         Shipping, Store, Unit, Work,
         memory::MemoryStore,
         ownership::{Claim, Joining, Ownership},
+        postgres::PostgresStore,
         sqlite::{Options, SqliteStore},
     },
     types::{
@@ -22,11 +23,14 @@ use sophont::{
     },
 };
 
+use crate::support::postgres;
+
 /// A store under test, and what it stands on.
 pub struct Subject {
     pub store: Arc<dyn Store>,
     ownership: Option<Arc<dyn Ownership>>,
     sqlite: Option<Sqlite>,
+    postgres: Option<config::Store>,
 }
 
 /// How many shards the stores of several nodes have here.
@@ -47,19 +51,43 @@ pub fn settings() -> config::Store {
         max_queue: 4096,
         readers: 2,
         cache_mb: 4,
+        postgres: config::Config::default().store.postgres,
     }
+}
+
+/// As [`settings`], for a database of PostgreSQL.
+pub fn postgres_settings(url: &str) -> config::Store {
+    let mut config = settings();
+    config.backend = config::Backend::Postgres;
+    config.durability = config::Durability::Full;
+    config.postgres.url = url.into();
+    config.postgres.lanes = 2;
+    config.postgres.pool = 4;
+    config
+}
+
+pub async fn open_postgres(config: &config::Store) -> Arc<PostgresStore> {
+    let (config, runtime) = (config.clone(), postgres::runtime());
+    let opening =
+        runtime.clone().spawn(async move { PostgresStore::open(&config, SHARDS, Clock::System, runtime).await });
+    opening.await.unwrap().unwrap()
 }
 
 impl Subject {
     pub fn memory() -> Self {
         let memory = MemoryStore::shared(true, 65_536, SHARDS, Clock::System);
-        Self { store: Arc::new(memory.clone()), ownership: Some(Arc::new(memory)), sqlite: None }
+        Self { store: Arc::new(memory.clone()), ownership: Some(Arc::new(memory)), sqlite: None, postgres: None }
     }
 
     pub fn sqlite(options: Options) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let store = SqliteStore::open_with(folder.path(), &settings(), Clock::System, options.clone()).unwrap();
-        Self { store: store.clone(), ownership: None, sqlite: Some(Sqlite { store: Some(store), options, folder }) }
+        Self {
+            store: store.clone(),
+            ownership: None,
+            sqlite: Some(Sqlite { store: Some(store), options, folder }),
+            postgres: None,
+        }
     }
 
     /// Gives a shard another epoch, as another owner would; false where fences are not looked at.
@@ -78,6 +106,24 @@ impl Subject {
         Self::sqlite(Options { generation_turns: 2, ..Options::default() })
     }
 
+    pub async fn postgres() -> Self {
+        Self::postgres_at(postgres_settings(&postgres::shared().database().await)).await
+    }
+
+    /// PostgreSQL behind a pooler that gives each transaction another of three sessions.
+    pub async fn pgbouncer() -> Self {
+        let direct = postgres::shared().database().await;
+        let mut config = postgres_settings(&postgres::pooler().await.url(&direct));
+        config.postgres.direct_url = direct;
+        config.postgres.pooler = true;
+        Self::postgres_at(config).await
+    }
+
+    pub async fn postgres_at(config: config::Store) -> Self {
+        let store = open_postgres(&config).await;
+        Self { store: store.clone(), ownership: Some(store), sqlite: None, postgres: Some(config) }
+    }
+
     /// Folds what is committed, where there is folding.
     pub async fn settle(&self) {
         if let Some(store) = self.sqlite.as_ref().and_then(|sqlite| sqlite.store.as_ref()) {
@@ -86,7 +132,18 @@ impl Subject {
     }
 
     /// Opens it again, after closing it or after dropping it as a crash would, where it can be.
-    pub fn reopen(&mut self, crash: bool) {
+    pub async fn reopen(&mut self, crash: bool) {
+        if let Some(config) = &self.postgres {
+            if !crash {
+                self.store.close();
+            }
+            self.store = Arc::new(MemoryStore::new());
+            self.ownership = None;
+            let store = open_postgres(config).await;
+            self.store = store.clone();
+            self.ownership = Some(store);
+            return;
+        }
         let Some(sqlite) = &mut self.sqlite else { return };
         let old = sqlite.store.take().unwrap();
         if !crash {
@@ -221,6 +278,12 @@ macro_rules! contract {
         }
         mod sqlite_folding {
             $(#[tokio::test] async fn $name() { super::$name(super::Subject::folding()).await; })*
+        }
+        mod on_postgres {
+            $(#[tokio::test] async fn $name() { super::$name(super::Subject::postgres().await).await; })*
+        }
+        mod through_pgbouncer {
+            $(#[tokio::test] async fn $name() { super::$name(super::Subject::pgbouncer().await).await; })*
         }
     };
 }
@@ -831,7 +894,7 @@ async fn mqtt_rows_are_kept(subject: Subject) {
     let drop_session = MqttWrite::DropSession { tenant: tenant.clone(), client: String::from("c2") };
     let dequeue = MqttWrite::Dequeue { tenant: tenant.clone(), client: String::from("c1"), order: 2 };
     write(&*subject.store, vec![drop_session, dequeue, retain("t/2", "")]).await;
-    subject.reopen(true);
+    subject.reopen(true).await;
     let rows = subject.store.mqtt_rows().await.unwrap();
     let told: Vec<String> = rows
         .iter()
@@ -875,7 +938,7 @@ async fn figures_count_what_is_there(subject: Subject) {
     bury(store, &key, &stimulus(Some("x"))).await;
     let figures = store.stats().await.unwrap();
     assert_eq!((figures.inbox, figures.dead, figures.pending), (2, 1, 0));
-    assert_eq!(figures.bytes > 0, subject.sqlite.is_some());
+    assert_eq!(figures.bytes > 0, subject.sqlite.is_some() || subject.postgres.is_some());
 }
 
 async fn a_probe_writes_and_reads(subject: Subject) {

@@ -95,7 +95,7 @@ impl Run {
             85..89 => self.profile().await,
             89..92 => self.forget().await,
             92..96 => self.subject.settle().await,
-            crash => self.subject.reopen(crash < 98),
+            crash => self.subject.reopen(crash < 98).await,
         }
     }
 
@@ -248,5 +248,12 @@ async fn random_histories_on_sqlite_that_folds() {
     for seed in 26..32 {
         let options = Options { generation_turns: 1 + usize::try_from(seed % 7).unwrap(), ..Options::default() };
         history(Subject::sqlite(options), seed).await;
+    }
+}
+
+#[tokio::test]
+async fn random_histories_on_postgres() {
+    for seed in 32..36 {
+        history(Subject::postgres().await, seed).await;
     }
 }

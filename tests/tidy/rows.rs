@@ -27,7 +27,9 @@ const ROWS: &[&[&str]] = &[
 const DOORS: &[(&[&str], &[&str])] = &[
     (&["actix_web", "actix_ws", "actix_http", "actix_service", "utoipa_swagger_ui"], &["gateway/http"]),
     (&["actix", "actix_rt"], &["instance/actor", "cluster/shard", "cluster/shards", "node"]),
-    (&["rusqlite", "refinery"], &["store/sqlite"]),
+    (&["rusqlite"], &["store/sqlite"]),
+    (&["refinery"], &["store/sqlite", "store/postgres"]),
+    (&["tokio_postgres", "deadpool_postgres", "tokio_postgres_rustls"], &["store/postgres"]),
     (&["rmqtt_codec", "rumqttc"], &["gateway/mqtt"]),
     (&["redis"], &["cluster/bus/redis"]),
     (&["cel"], &["cognition"]),

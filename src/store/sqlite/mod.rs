@@ -7,7 +7,6 @@
 //! | file | what |
 //! |---|---|
 //! | `schema` | opening, locking, migrating, errors |
-//! | `record` | stored forms |
 //! | `writer`, `apply` | the thread that commits; what a unit writes |
 //! | `memtable`, `fold` | what is not folded; folding it |
 //! | `chores`, `checkpoint` | removal and expiry; the write-ahead log |
@@ -30,7 +29,6 @@ mod query;
 mod queue;
 mod reader;
 mod recall;
-mod record;
 mod rows;
 mod schema;
 mod writer;
@@ -61,7 +59,7 @@ use self::{
 };
 use super::{
     DeadLetter, Done, Episode, Error, Feed, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing, Pending, Reader,
-    Rejection, Scope, Shipping, Stats, Store, Unit, Writer,
+    Rejection, Scope, Shipping, Stats, Store, Unit, Writer, record,
 };
 use crate::{
     config,

@@ -15,6 +15,7 @@ pub mod http;
 pub mod load;
 pub mod mosquitto;
 pub mod node;
+pub mod postgres;
 pub mod program;
 pub mod redis;
 pub mod tls;
@@ -22,6 +23,7 @@ pub mod tls;
 pub use http::{Answer, Http};
 pub use mosquitto::Mosquitto;
 pub use node::Node;
+pub use postgres::Postgres;
 
 /// How long a thing that should be quick may take on a machine busy with other tests.
 pub const PATIENCE: Duration = Duration::from_secs(30);

@@ -8,13 +8,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    store::{
-        Error, Pending,
-        links::{self, LEVELS, LOW, Place},
-    },
-    types::{Effect, InstanceKey, Millis, Reply, Stimulus, StimulusId, TurnRecord},
+use super::{
+    Error, Pending,
+    links::{self, LEVELS, LOW, Place},
 };
+use crate::types::{Effect, InstanceKey, Millis, Reply, Stimulus, StimulusId, TurnRecord};
 
 /// The newest row version.
 const ROW_VERSION: u8 = 1;
@@ -22,17 +20,17 @@ const ROW_VERSION: u8 = 1;
 const BLOB_VERSION: u8 = 1;
 
 /// The turn has effects.
-pub(super) const EFFECTS: u8 = 1;
+pub(crate) const EFFECTS: u8 = 1;
 /// The turn has episodes.
-pub(super) const EPISODES: u8 = 1 << 1;
+pub(crate) const EPISODES: u8 = 1 << 1;
 /// The stimulus id is found through the index: it may come again, or it waited in the inbox.
-pub(super) const INDEXED: u8 = 1 << 2;
+pub(crate) const INDEXED: u8 = 1 << 2;
 /// The row holds the coarse links.
-pub(super) const COARSE: u8 = 1 << 3;
+pub(crate) const COARSE: u8 = 1 << 3;
 
 /// The head of a turn's row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Row {
+pub(crate) struct Row {
     /// What the row has.
     pub flags: u8,
     /// Its number and links.
@@ -43,13 +41,13 @@ pub(super) struct Row {
 
 impl Row {
     /// Whether a flag is set.
-    pub(super) const fn has(&self, flag: u8) -> bool {
+    pub(crate) const fn has(&self, flag: u8) -> bool {
         self.flags & flag != 0
     }
 }
 
 /// The flags of a turn at `place`.
-pub(super) fn flags(record: &TurnRecord, waited: bool) -> u8 {
+pub(crate) fn flags(record: &TurnRecord, waited: bool) -> u8 {
     let mut flags = 0;
     flags |= if record.effects.is_empty() { 0 } else { EFFECTS };
     flags |= if record.episodes.is_empty() { 0 } else { EPISODES };
@@ -61,7 +59,7 @@ pub(super) fn flags(record: &TurnRecord, waited: bool) -> u8 {
 ///
 /// # Errors
 /// Only when the record cannot be serialized, which its types rule out.
-pub(super) fn encode(row: &Row, position: i64, record: &TurnRecord, out: Vec<u8>) -> Result<Vec<u8>, Error> {
+pub(crate) fn encode(row: &Row, position: i64, record: &TurnRecord, out: Vec<u8>) -> Result<Vec<u8>, Error> {
     let mut out = out;
     out.push(ROW_VERSION);
     out.push(row.flags);
@@ -79,7 +77,7 @@ pub(super) fn encode(row: &Row, position: i64, record: &TurnRecord, out: Vec<u8>
 ///
 /// # Errors
 /// [`Error::Corrupt`].
-pub(super) fn decode_row(bytes: &[u8], position: i64) -> Result<(Row, &[u8]), Error> {
+pub(crate) fn decode_row(bytes: &[u8], position: i64) -> Result<(Row, &[u8]), Error> {
     decode_parts(bytes, position).ok_or_else(|| match bytes.first() {
         Some(&version) if version > ROW_VERSION => Error::Corrupt(format!(
             "turn at {position} has row version {version}, this build reads up to {ROW_VERSION}"
@@ -110,7 +108,7 @@ fn decode_parts(bytes: &[u8], position: i64) -> Option<(Row, &[u8])> {
 ///
 /// # Errors
 /// [`Error::Corrupt`].
-pub(super) fn decode_record(bytes: &[u8], position: i64) -> Result<TurnRecord, Error> {
+pub(crate) fn decode_record(bytes: &[u8], position: i64) -> Result<TurnRecord, Error> {
     TurnRecord::decode(bytes).map_err(|e| Error::Corrupt(format!("turn at {position}: {e}")))
 }
 
@@ -155,7 +153,7 @@ fn decode_blob<'a, T: Deserialize<'a>>(what: &str, bytes: &'a [u8]) -> Result<T,
 ///
 /// # Errors
 /// As [`encode`].
-pub(super) fn encode_stimulus(stimulus: &Stimulus) -> Result<Vec<u8>, Error> {
+pub(crate) fn encode_stimulus(stimulus: &Stimulus) -> Result<Vec<u8>, Error> {
     encode_blob(stimulus)
 }
 
@@ -163,7 +161,7 @@ pub(super) fn encode_stimulus(stimulus: &Stimulus) -> Result<Vec<u8>, Error> {
 ///
 /// # Errors
 /// [`Error::Corrupt`].
-pub(super) fn decode_stimulus(bytes: &[u8]) -> Result<Stimulus, Error> {
+pub(crate) fn decode_stimulus(bytes: &[u8]) -> Result<Stimulus, Error> {
     decode_blob("a stored stimulus", bytes)
 }
 
@@ -171,7 +169,7 @@ pub(super) fn decode_stimulus(bytes: &[u8]) -> Result<Stimulus, Error> {
 ///
 /// # Errors
 /// As [`encode`].
-pub(super) fn encode_pending(pending: &Pending) -> Result<Vec<u8>, Error> {
+pub(crate) fn encode_pending(pending: &Pending) -> Result<Vec<u8>, Error> {
     encode_blob(&(&pending.effect, &pending.reply, &pending.stimulus))
 }
 
@@ -179,7 +177,7 @@ pub(super) fn encode_pending(pending: &Pending) -> Result<Vec<u8>, Error> {
 ///
 /// # Errors
 /// [`Error::Corrupt`].
-pub(super) fn decode_pending(
+pub(crate) fn decode_pending(
     key: InstanceKey,
     effect_id: String,
     tries: u32,

@@ -1,0 +1,485 @@
+//! The store that many nodes share: PostgreSQL, some writer lanes with group commit, a pool of readers.
+//!
+//! A turn is one row of the log; a batch of units is one transaction of two round trips, which holds the shards of its units
+//! and compares their fences. Ownership of shards stands in the same database.
+//!
+//! | file | what |
+//! |---|---|
+//! | `connect` | connections, sessions, migrations, errors |
+//! | `sql` | a statement; a connection that runs it, prepared or not |
+//! | `lane` | the task that commits |
+//! | `decide`, `writes` | what becomes of a unit; what a batch writes |
+//! | `query`, `recall`, `rows` | what is read |
+//! | `ownership` | who takes part and who owns what |
+//! | `chores` | removal and expiry |
+//!
+//! Invariants: those of `store`, and: no statement names an instance without its tenant; safety never depends on a clock.
+//! Decisions: `docs/adr/0007-postgresql-store.md`. Tests: `tests/it/store_contract.rs`, `tests/it/store_postgres.rs`,
+//! `tests/it/ownership_contract.rs`.
+
+mod chores;
+mod connect;
+mod decide;
+mod lane;
+mod ownership;
+mod query;
+mod recall;
+mod rows;
+mod sql;
+mod writes;
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use deadpool_postgres::Pool;
+use tokio::{
+    runtime::Handle,
+    sync::{Notify, mpsc},
+    task::JoinHandle,
+};
+use tokio_postgres::{Client, Row};
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    connect::{Failure, Target},
+    lane::{Job, Lane},
+    ownership::Sessions,
+    sql::{Conn, Param, Sql},
+    writes::int,
+};
+use super::{
+    DeadLetter, Done, Episode, Error, Feed, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing, Pending, Reader,
+    Rejection, Scope, Shipping, Stats, Store, Unit, Work, Writer,
+};
+use crate::{
+    config,
+    runtime::clock::Clock,
+    telemetry::metric,
+    types::{InstanceId, InstanceKey, Millis, StateSnapshot, StimulusId, TenantId, TurnRecord},
+};
+
+/// Tries of a read whose connection broke.
+const READ_TRIES: u32 = 3;
+/// How long `close` waits for what is queued.
+const CLOSING: Duration = Duration::from_secs(20);
+/// Connections beside the lanes that write: for ownership and chores.
+const OTHER_WRITERS: usize = 4;
+
+/// How a store differs from the usual.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Recognise repeated stimulus ids. Off only for the negative control of a test.
+    pub dedupe: bool,
+    /// How long a batch that was surely not written is tried again while there is no connection.
+    pub patience: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { dedupe: true, patience: Duration::from_secs(5) }
+    }
+}
+
+struct Metrics {
+    units: metrics::Histogram,
+    seconds: metrics::Histogram,
+    queue: metrics::Gauge,
+}
+
+/// What lanes, readers and chores have in common.
+struct Shared {
+    shards: u32,
+    dedupe: bool,
+    max_batch: usize,
+    patience: Duration,
+    /// Opens a transaction; behind a pooler with its settings.
+    begin: String,
+    prepared: bool,
+    writers: Pool,
+    hint: Arc<Notify>,
+    metrics: Metrics,
+    waiting: AtomicUsize,
+    abandoned: AtomicBool,
+    closed: CancellationToken,
+    clock: Clock,
+}
+
+impl Shared {
+    async fn writer(&self) -> Result<Conn, Failure> {
+        let client = self.writers.get().await.map_err(|e| no_connection(&e))?;
+        Ok(Conn::new(client, self.prepared))
+    }
+
+    fn queued(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
+    fn is_abandoned(&self) -> bool {
+        self.abandoned.load(Ordering::Acquire)
+    }
+}
+
+fn no_connection(error: &deadpool_postgres::PoolError) -> Failure {
+    match error {
+        deadpool_postgres::PoolError::Timeout(kind) => {
+            Failure::Lost(format!("no connection within the wait ({kind:?})"))
+        }
+        deadpool_postgres::PoolError::Closed => Failure::Refused(Error::Closed),
+        error => Failure::Lost(
+            std::error::Error::source(error).map_or_else(|| error.to_string(), |source| format!("{error}: {source}")),
+        ),
+    }
+}
+
+/// The store. Dropping it without [`Store::close`] abandons what is queued.
+pub struct PostgresStore {
+    shared: Arc<Shared>,
+    readers: Pool,
+    direct: Target,
+    lanes: Mutex<Option<Lanes>>,
+    sessions: tokio::sync::Mutex<Sessions>,
+    handle: Handle,
+}
+
+struct Lanes {
+    /// One for each lane; the last one lodges.
+    senders: Vec<mpsc::Sender<Job>>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+impl PostgresStore {
+    /// Opens the store: connects, brings the schema up to date, founds the cluster's tables for so many shards if they are
+    /// empty, starts the lanes on `handle`. Everything this store does runs there, whoever asks.
+    ///
+    /// # Errors
+    /// [`Error::NewerSchema`], [`Error::Corrupt`] when the database was founded for another number of shards,
+    /// [`Error::Backend`].
+    pub async fn open(config: &config::Store, shards: u32, clock: Clock, handle: Handle) -> Result<Arc<Self>, Error> {
+        Self::open_with(config, shards, clock, handle, Options::default()).await
+    }
+
+    /// As [`PostgresStore::open`], with options.
+    ///
+    /// # Errors
+    /// As [`PostgresStore::open`].
+    pub async fn open_with(
+        config: &config::Store,
+        shards: u32,
+        clock: Clock,
+        handle: Handle,
+        options: Options,
+    ) -> Result<Arc<Self>, Error> {
+        let settings = &config.postgres;
+        let url = connect::url("store.postgres.url", &settings.url, &settings.url_env)?
+            .ok_or_else(|| Error::Backend(String::from("store.postgres.url is not set")))?;
+        let direct = connect::url("store.postgres.direct_url", &settings.direct_url, &settings.direct_url_env)?;
+        let pooled = settings.pooler;
+        let target = Target::new(connect::expose(&url), config, pooled, handle.clone())?;
+        let direct = match &direct {
+            Some(url) => Target::new(connect::expose(url), config, false, handle.clone())?,
+            None => Target::new(connect::expose(&url), config, false, handle.clone())?,
+        };
+        connect::migrate(&direct).await?;
+        let lanes = settings.lanes.max(1);
+        let wait = Duration::from_millis(settings.wait_ms);
+        let begin =
+            if pooled { format!("BEGIN; {}", connect::settings(config, "SET LOCAL")) } else { String::from("BEGIN") };
+        let shared = Arc::new(Shared {
+            shards,
+            dedupe: options.dedupe,
+            max_batch: config.max_batch,
+            patience: options.patience,
+            begin,
+            prepared: !pooled,
+            writers: target.pool(lanes + 1 + OTHER_WRITERS, wait)?,
+            hint: Arc::default(),
+            metrics: Metrics {
+                units: metrics::histogram!(metric::COMMIT_BATCH),
+                seconds: metrics::histogram!(metric::COMMIT_SECONDS),
+                queue: metrics::gauge!(metric::COMMIT_QUEUE),
+            },
+            waiting: AtomicUsize::new(0),
+            abandoned: AtomicBool::new(false),
+            closed: CancellationToken::new(),
+            clock,
+        });
+        found(&shared).await?;
+        let depth = config.max_queue.div_ceil(lanes).max(1);
+        let mut all = Lanes { senders: Vec::new(), tasks: Vec::new() };
+        for lane in 0..=lanes {
+            let (sender, jobs) = mpsc::channel(depth);
+            let lane = Lane::new(Arc::clone(&shared), jobs, lane == lanes);
+            all.senders.push(sender);
+            all.tasks.push(handle.spawn(lane.run()));
+        }
+        handle.spawn(chores::run(Arc::downgrade(&shared)));
+        Ok(Arc::new(Self {
+            shared,
+            readers: target.pool(settings.pool.max(1), wait)?,
+            direct,
+            lanes: Mutex::new(Some(all)),
+            sessions: tokio::sync::Mutex::default(),
+            handle,
+        }))
+    }
+
+    /// How many shards the database was founded for.
+    pub fn shards(&self) -> u32 {
+        self.shared.shards
+    }
+
+    fn queue(&self, lane: impl FnOnce(usize) -> usize, job: Job) {
+        let lanes = self.lanes.lock().unwrap_or_else(PoisonError::into_inner);
+        let (job, error) = match &*lanes {
+            None => (job, Error::Closed),
+            Some(all) => match all.senders[lane(all.senders.len() - 1)].try_send(job) {
+                Ok(()) => {
+                    self.shared.waiting.fetch_add(1, Ordering::Relaxed);
+                    return;
+                }
+                Err(mpsc::error::TrySendError::Full(job)) => (job, Error::Overloaded),
+                Err(mpsc::error::TrySendError::Closed(job)) => (job, Error::Closed),
+            },
+        };
+        drop(lanes);
+        job.into_done().tell(Err(Rejection::Failed(error)));
+    }
+
+    fn queued(&self) -> usize {
+        self.shared.queued()
+    }
+
+    fn begin(&self) -> &str {
+        &self.shared.begin
+    }
+
+    async fn writer(&self) -> Result<Conn, Failure> {
+        self.shared.writer().await
+    }
+
+    async fn sessions(&self) -> tokio::sync::MutexGuard<'_, Sessions> {
+        self.sessions.lock().await
+    }
+
+    /// A connection of its own that goes to the server itself.
+    async fn session_connection(&self) -> Result<(Client, JoinHandle<()>), Failure> {
+        Ok(self.direct.connect().await?)
+    }
+
+    /// Runs a statement that only reads, again on another connection when one broke.
+    async fn rows(&self, sql: &Sql, params: &[Param<'_>]) -> Result<Vec<Row>, Error> {
+        let mut tries = 0;
+        loop {
+            if self.shared.closed.is_cancelled() {
+                return Err(Error::Closed);
+            }
+            let read = async {
+                let client = self.readers.get().await.map_err(|e| no_connection(&e))?;
+                Conn::new(client, self.shared.prepared).run(sql, params).await
+            };
+            tries += 1;
+            match read.await {
+                Ok(rows) => return Ok(rows),
+                Err(Failure::Lost(_) | Failure::Again(_)) if tries < READ_TRIES => {}
+                Err(failure) => return Err(failure.into_error()),
+            }
+        }
+    }
+
+    fn end(&self, patience: Duration) {
+        let Some(Lanes { senders, tasks }) = self.lanes.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return;
+        };
+        drop(senders);
+        let (told, ended) = std::sync::mpsc::sync_channel(1);
+        self.handle.spawn(async move {
+            for task in tasks {
+                drop(task.await);
+            }
+            let _ = told.send(());
+        });
+        if !patience.is_zero() && ended.recv_timeout(patience).is_err() {
+            tracing::warn!("the store closes with commits under way");
+        }
+        self.shared.abandoned.store(true, Ordering::Release);
+        self.shared.closed.cancel();
+        self.readers.close();
+        if let Ok(mut sessions) = self.sessions.try_lock() {
+            sessions.clear();
+        }
+    }
+}
+
+/// Makes the rows of the cluster and its shards when there are none.
+async fn found(shared: &Shared) -> Result<(), Error> {
+    const CLUSTER: Sql = Sql {
+        text: "INSERT INTO cluster (shards) VALUES ($1) ON CONFLICT DO NOTHING",
+        types: &[tokio_postgres::types::Type::INT4],
+    };
+    const SHARDS: Sql = Sql {
+        text: "INSERT INTO shards (shard) SELECT n FROM cluster c, generate_series(0, c.shards - 1) n
+               ON CONFLICT DO NOTHING",
+        types: &[],
+    };
+    const STORED: Sql = Sql { text: "SELECT shards FROM cluster", types: &[] };
+    let conn = shared.writer().await?;
+    conn.run(&CLUSTER, &[&int(shared.shards)]).await?;
+    conn.run(&SHARDS, &[]).await?;
+    let stored = conn.run(&STORED, &[]).await?;
+    let stored: i32 = stored.first().map(|row| row.try_get(0)).transpose().map_err(Failure::from)?.unwrap_or(0);
+    if stored == int(shared.shards) {
+        return Ok(());
+    }
+    let (stored, ours) = (stored, shared.shards);
+    Err(Error::Corrupt(format!("the database was founded for {stored} shards, this node is configured for {ours}")))
+}
+
+impl Drop for PostgresStore {
+    fn drop(&mut self) {
+        self.shared.abandoned.store(true, Ordering::Release);
+        if let Some(lanes) = self.lanes.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            lanes.tasks.iter().for_each(JoinHandle::abort);
+        }
+        self.shared.closed.cancel();
+    }
+}
+
+/// The shard whose lane a write of delivery takes: that of its feed or instance.
+fn shard_of(write: &Shipping, shards: u32) -> u32 {
+    match write {
+        Shipping::Shipped { feed, .. } => feed.0,
+        Shipping::Postpone(pending) => pending.key.shard(shards),
+        Shipping::Settle { key, .. } => key.shard(shards),
+    }
+}
+
+impl Writer for PostgresStore {
+    fn submit(&self, unit: Unit) {
+        let shard = unit.fence.shard as usize;
+        let lodges = matches!(unit.work, Work::Lodge { .. });
+        self.queue(|lanes| if lodges { lanes } else { shard % lanes }, Job::Unit(unit));
+    }
+
+    fn ship(&self, writes: Vec<Shipping>, done: Done) {
+        let shard = writes.first().map_or(0, |write| shard_of(write, self.shared.shards)) as usize;
+        self.queue(|lanes| shard % lanes, Job::Ship(writes, done));
+    }
+
+    fn mqtt(&self, writes: Vec<MqttWrite>, done: Done) {
+        self.queue(|_| 0, Job::Mqtt(writes, done));
+    }
+}
+
+#[async_trait]
+impl Reader for PostgresStore {
+    async fn load(&self, key: &InstanceKey) -> Result<Loaded, Error> {
+        self.load_instance(key).await
+    }
+
+    async fn state(&self, key: &InstanceKey) -> Result<Option<StateSnapshot>, Error> {
+        self.read_state(key).await
+    }
+
+    async fn turns(&self, key: &InstanceKey, after: u64, limit: usize) -> Result<Vec<Arc<TurnRecord>>, Error> {
+        self.read_turns(key, after, limit).await
+    }
+
+    async fn find(&self, key: &InstanceKey, stimulus: &StimulusId) -> Result<Option<Known>, Error> {
+        self.find_stimulus(key, stimulus).await
+    }
+
+    async fn find_prefix(&self, key: &InstanceKey, prefix: &str) -> Result<Option<Known>, Error> {
+        self.find_by_prefix(key, prefix).await
+    }
+
+    async fn locate(&self, tenant: &TenantId, stimulus: &StimulusId) -> Result<Vec<InstanceId>, Error> {
+        self.locate_stimulus(tenant, stimulus).await
+    }
+
+    async fn list(
+        &self,
+        tenant: &TenantId,
+        label: Option<(&str, &str)>,
+        after: Option<&InstanceId>,
+        limit: usize,
+    ) -> Result<Vec<Listed>, Error> {
+        self.list_instances(tenant, label, after, limit).await
+    }
+
+    async fn waiting(
+        &self,
+        scope: &Scope,
+        after: Option<&InstanceKey>,
+        limit: usize,
+    ) -> Result<Vec<InstanceKey>, Error> {
+        self.waiting_instances(scope, after, limit).await
+    }
+
+    async fn dead_letters(
+        &self,
+        key: &InstanceKey,
+        after: Option<&StimulusId>,
+        limit: usize,
+    ) -> Result<Vec<DeadLetter>, Error> {
+        self.read_dead(key, after, limit).await
+    }
+
+    async fn recall(&self, key: &InstanceKey, query: &str, limit: usize) -> Result<Vec<Episode>, Error> {
+        self.recall_episodes(key, query, limit).await
+    }
+
+    fn feeds(&self, scope: &Scope) -> Vec<Feed> {
+        (0..self.shared.shards).filter(|shard| scope.has(*shard)).map(Feed).collect()
+    }
+
+    async fn outgoing(&self, after: &[(Feed, i64)], limit: usize) -> Result<Vec<Outgoing>, Error> {
+        self.read_outgoing(after, limit).await
+    }
+
+    async fn shipped(&self, feeds: &[Feed]) -> Result<Vec<i64>, Error> {
+        self.read_shipped(feeds).await
+    }
+
+    async fn due(&self, scope: &Scope, now: Millis, limit: usize) -> Result<Vec<Pending>, Error> {
+        self.read_due(scope, now, limit).await
+    }
+
+    async fn mqtt_rows(&self) -> Result<Vec<MqttRow>, Error> {
+        self.read_mqtt().await
+    }
+
+    async fn stats(&self) -> Result<Stats, Error> {
+        self.read_stats().await
+    }
+
+    async fn probe(&self, deadline: Duration) -> Result<(), Error> {
+        let (done, end) = Done::channel();
+        self.queue(|_| 0, Job::Probe(done));
+        let both = async {
+            match end.await {
+                Ok(Ok(_)) => self.read_shipped(&[]).await.map(drop),
+                Ok(Err(Rejection::Failed(error))) => Err(error),
+                Ok(Err(_)) | Err(_) => Err(Error::Closed),
+            }
+        };
+        let late = Error::Backend(format!("no commit and read within {deadline:?}"));
+        tokio::time::timeout(deadline, both).await.unwrap_or(Err(late))
+    }
+}
+
+impl Store for PostgresStore {
+    fn outgoing_hint(&self) -> Arc<Notify> {
+        Arc::clone(&self.shared.hint)
+    }
+
+    /// Must not be called on the runtime the store was opened with, unless that one has other threads: it waits for it.
+    fn close(&self) {
+        self.end(CLOSING);
+    }
+}

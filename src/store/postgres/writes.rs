@@ -1,0 +1,557 @@
+//! What a group commit writes: columns of rows, table by table, each written by one statement.
+//!
+//! Not here: what is written (`decide`). Invariant: of two writes to one key of a table the later one stands.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use tokio_postgres::types::Type;
+
+use super::sql::{Param, Sql};
+use crate::{
+    store::{Error, Feed, MqttWrite, Pending, Shipping, rank, record, replay},
+    types::{InstanceKey, Millis, Stimulus, StimulusId, TenantId, TurnRecord},
+};
+
+/// Most different words of an episode that are indexed: a `tsvector` holds a megabyte at most.
+const MAX_WORDS: usize = 8192;
+/// Largest position in a `tsvector`: where a word's count ends.
+const MAX_COUNT: u32 = 16_383;
+
+const INSTANCES: Sql = Sql {
+    text: "INSERT INTO instances (tenant, instance, life, created_at, profile)
+           SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::text[])",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::INT8_ARRAY, Type::INT8_ARRAY, Type::TEXT_ARRAY],
+};
+const PROFILES: Sql = Sql {
+    text: "UPDATE instances i SET profile = p.profile
+           FROM unnest($1::text[], $2::text[], $3::text[]) p(tenant, instance, profile)
+           WHERE i.tenant = p.tenant AND i.instance = p.instance",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::TEXT_ARRAY],
+};
+const TURNS: Sql = Sql {
+    text: "INSERT INTO turns (tenant, life, turn, position, shard, instance, rec)
+           SELECT tenant, life, turn, CASE WHEN leaves THEN nextval('positions') END, shard, instance, rec
+           FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bool[], $5::int[], $6::text[], $7::bytea[])
+             t(tenant, life, turn, leaves, shard, instance, rec)",
+    types: &[
+        Type::TEXT_ARRAY,
+        Type::INT8_ARRAY,
+        Type::INT8_ARRAY,
+        Type::BOOL_ARRAY,
+        Type::INT4_ARRAY,
+        Type::TEXT_ARRAY,
+        Type::BYTEA_ARRAY,
+    ],
+};
+const SEEN: Sql = Sql {
+    text: "INSERT INTO seen (tenant, stimulus, life, turn, day)
+           SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::int[])
+           ON CONFLICT (tenant, stimulus, life) DO UPDATE SET turn = excluded.turn, day = excluded.day",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::INT8_ARRAY, Type::INT8_ARRAY, Type::INT4_ARRAY],
+};
+const EPISODES: Sql = Sql {
+    text: "INSERT INTO episodes (tenant, life, episode, length, nth, words, lexemes)
+           SELECT e.tenant, e.life, e.episode, e.length,
+             coalesce(last.nth, 0) + row_number() OVER own, coalesce(last.words, 0) + sum(e.length) OVER own,
+             e.lexemes::tsvector
+           FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::text[])
+             e(tenant, life, episode, length, lexemes)
+           LEFT JOIN LATERAL (SELECT p.nth, p.words FROM episodes p WHERE p.tenant = e.tenant AND p.life = e.life
+             ORDER BY p.episode DESC LIMIT 1) last ON true
+           WINDOW own AS (PARTITION BY e.tenant, e.life ORDER BY e.episode)",
+    types: &[Type::TEXT_ARRAY, Type::INT8_ARRAY, Type::INT8_ARRAY, Type::INT8_ARRAY, Type::TEXT_ARRAY],
+};
+const INBOX_OUT: Sql = Sql { text: "DELETE FROM inbox WHERE ord = ANY($1::bigint[])", types: &[Type::INT8_ARRAY] };
+const INBOX_IN: Sql = Sql {
+    text: "INSERT INTO inbox (tenant, instance, shard, stimulus, rec)
+           SELECT * FROM unnest($1::text[], $2::text[], $3::int[], $4::text[], $5::bytea[])",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::INT4_ARRAY, Type::TEXT_ARRAY, Type::BYTEA_ARRAY],
+};
+const REVIVED: Sql = Sql {
+    text: "WITH back AS (DELETE FROM dead WHERE ord = ANY($1::bigint[]) RETURNING ord, tenant, instance, stimulus, rec)
+           INSERT INTO inbox (tenant, instance, shard, stimulus, rec)
+           SELECT b.tenant, b.instance, s.shard, b.stimulus, b.rec
+           FROM back b JOIN unnest($1::bigint[], $2::int[]) s(ord, shard) ON s.ord = b.ord",
+    types: &[Type::INT8_ARRAY, Type::INT4_ARRAY],
+};
+const DEAD_OUT: Sql = Sql { text: "DELETE FROM dead WHERE ord = ANY($1::bigint[])", types: &[Type::INT8_ARRAY] };
+const DEAD_IN: Sql = Sql {
+    text: "INSERT INTO dead (tenant, instance, stimulus, reason, tries, at, rec)
+           SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bigint[], $6::bigint[], $7::bytea[])",
+    types: &[
+        Type::TEXT_ARRAY,
+        Type::TEXT_ARRAY,
+        Type::TEXT_ARRAY,
+        Type::TEXT_ARRAY,
+        Type::INT8_ARRAY,
+        Type::INT8_ARRAY,
+        Type::BYTEA_ARRAY,
+    ],
+};
+const FORGOTTEN: Sql = Sql {
+    text: "WITH gone AS (SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[]) g(tenant, instance, life)),
+           i AS (DELETE FROM instances x USING gone g WHERE x.tenant = g.tenant AND x.instance = g.instance),
+           b AS (DELETE FROM inbox x USING gone g WHERE x.tenant = g.tenant AND x.instance = g.instance),
+           d AS (DELETE FROM dead x USING gone g WHERE x.tenant = g.tenant AND x.instance = g.instance),
+           p AS (DELETE FROM pending x USING gone g WHERE x.tenant = g.tenant AND x.instance = g.instance)
+           INSERT INTO forgotten (tenant, life) SELECT tenant, life FROM gone",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::INT8_ARRAY],
+};
+const LODGED: Sql = Sql {
+    text: "UPDATE shards s SET lodged = s.lodged + l.count FROM unnest($1::int[], $2::bigint[]) l(shard, count)
+           WHERE s.shard = l.shard",
+    types: &[Type::INT4_ARRAY, Type::INT8_ARRAY],
+};
+const SHIPPED: Sql = Sql {
+    text: "INSERT INTO shipped AS s (feed, position) SELECT * FROM unnest($1::int[], $2::bigint[])
+           ON CONFLICT (feed) DO UPDATE SET position = greatest(s.position, excluded.position)",
+    types: &[Type::INT4_ARRAY, Type::INT8_ARRAY],
+};
+const SETTLED: Sql = Sql {
+    text: "DELETE FROM pending x USING unnest($1::text[], $2::text[], $3::text[]) g(tenant, instance, effect)
+           WHERE x.tenant = g.tenant AND x.instance = g.instance AND x.effect = g.effect",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::TEXT_ARRAY],
+};
+const POSTPONED: Sql = Sql {
+    text: "INSERT INTO pending (tenant, instance, effect, shard, due, tries, rec)
+           SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::int[], $5::bigint[], $6::bigint[], $7::bytea[])
+           ON CONFLICT (tenant, instance, effect)
+           DO UPDATE SET shard = excluded.shard, due = excluded.due, tries = excluded.tries, rec = excluded.rec",
+    types: &[
+        Type::TEXT_ARRAY,
+        Type::TEXT_ARRAY,
+        Type::TEXT_ARRAY,
+        Type::INT4_ARRAY,
+        Type::INT8_ARRAY,
+        Type::INT8_ARRAY,
+        Type::BYTEA_ARRAY,
+    ],
+};
+const QUEUES_GONE: Sql = Sql {
+    text: "DELETE FROM mqtt_queue x USING unnest($1::text[], $2::text[]) g(tenant, client)
+           WHERE x.tenant = g.tenant AND x.client = g.client",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY],
+};
+const SESSIONS_GONE: Sql = Sql {
+    text: "DELETE FROM mqtt_sessions x USING unnest($1::text[], $2::text[]) g(tenant, client)
+           WHERE x.tenant = g.tenant AND x.client = g.client",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY],
+};
+const SESSIONS: Sql = Sql {
+    text: "INSERT INTO mqtt_sessions (tenant, client, rec) SELECT * FROM unnest($1::text[], $2::text[], $3::bytea[])
+           ON CONFLICT (tenant, client) DO UPDATE SET rec = excluded.rec",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::BYTEA_ARRAY],
+};
+const DEQUEUED: Sql = Sql {
+    text: "DELETE FROM mqtt_queue x USING unnest($1::text[], $2::text[], $3::bigint[]) g(tenant, client, ord)
+           WHERE x.tenant = g.tenant AND x.client = g.client AND x.ord = g.ord",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::INT8_ARRAY],
+};
+const ENQUEUED: Sql = Sql {
+    text: "INSERT INTO mqtt_queue (tenant, client, ord, rec)
+           SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bytea[])
+           ON CONFLICT (tenant, client, ord) DO UPDATE SET rec = excluded.rec",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::INT8_ARRAY, Type::BYTEA_ARRAY],
+};
+const CLEARED: Sql = Sql {
+    text: "DELETE FROM mqtt_retained x USING unnest($1::text[], $2::text[]) g(tenant, topic)
+           WHERE x.tenant = g.tenant AND x.topic = g.topic",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY],
+};
+const RETAINED: Sql = Sql {
+    text: "INSERT INTO mqtt_retained (tenant, topic, rec) SELECT * FROM unnest($1::text[], $2::text[], $3::bytea[])
+           ON CONFLICT (tenant, topic) DO UPDATE SET rec = excluded.rec",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::BYTEA_ARRAY],
+};
+
+/// Columns.
+type Texts<'a> = Vec<&'a str>;
+type Numbers = Vec<i64>;
+type Shorts = Vec<i32>;
+type Blobs = Vec<Vec<u8>>;
+
+/// A statement with its columns.
+pub(super) type Step<'a> = (&'static Sql, Vec<Param<'a>>);
+
+/// Everything one group commit writes. `'a` is the life of the jobs whose rows these are.
+#[derive(Default)]
+pub(super) struct Writes<'a> {
+    instances: (Texts<'a>, Texts<'a>, Numbers, Numbers, Vec<Option<String>>),
+    profiles: (Texts<'a>, Texts<'a>, Vec<String>),
+    turns: Turns<'a>,
+    seen: BTreeMap<(&'a str, &'a str, i64), (i64, i32)>,
+    episodes: (Texts<'a>, Numbers, Numbers, Numbers, Vec<String>),
+    inbox_out: Numbers,
+    inbox_in: (Texts<'a>, Texts<'a>, Shorts, Texts<'a>, Blobs),
+    revived: (Numbers, Shorts),
+    dead_out: Numbers,
+    dead_in: Dead<'a>,
+    forgotten: (Texts<'a>, Texts<'a>, Numbers),
+    lodged: BTreeMap<i32, i64>,
+    shipped: BTreeMap<i32, i64>,
+    pending: BTreeMap<(&'a InstanceKey, &'a str), Option<&'a Pending>>,
+    queues_gone: BTreeSet<(&'a TenantId, &'a str)>,
+    sessions: BTreeMap<(&'a TenantId, &'a str), Option<&'a [u8]>>,
+    queued: BTreeMap<(&'a TenantId, &'a str, i64), Option<&'a [u8]>>,
+    retained: BTreeMap<(&'a TenantId, &'a str), Option<&'a [u8]>>,
+    /// What the maps become when they are written.
+    flat: Flat<'a>,
+}
+
+#[derive(Default)]
+struct Turns<'a> {
+    tenant: Texts<'a>,
+    life: Numbers,
+    turn: Numbers,
+    leaves: Vec<bool>,
+    shard: Shorts,
+    instance: Texts<'a>,
+    rec: Blobs,
+}
+
+#[derive(Default)]
+struct Dead<'a> {
+    tenant: Texts<'a>,
+    instance: Texts<'a>,
+    stimulus: Texts<'a>,
+    reason: Vec<String>,
+    tries: Numbers,
+    at: Numbers,
+    rec: Blobs,
+}
+
+/// Columns of keys, and of what goes with them.
+type Keyed<'a, V> = (Texts<'a>, Texts<'a>, V);
+
+#[derive(Default)]
+struct Flat<'a> {
+    seen: (Texts<'a>, Texts<'a>, Numbers, Numbers, Shorts),
+    lodged: (Shorts, Numbers),
+    shipped: (Shorts, Numbers),
+    settled: Keyed<'a, Texts<'a>>,
+    postponed: (Keyed<'a, Texts<'a>>, Shorts, Numbers, Numbers, Blobs),
+    queues_gone: Keyed<'a, ()>,
+    sessions_gone: Keyed<'a, ()>,
+    sessions: Keyed<'a, Vec<&'a [u8]>>,
+    dequeued: Keyed<'a, Numbers>,
+    enqueued: (Keyed<'a, Numbers>, Vec<&'a [u8]>),
+    cleared: Keyed<'a, ()>,
+    retained: Keyed<'a, Vec<&'a [u8]>>,
+}
+
+#[allow(clippy::cast_possible_wrap)] // shards are far fewer
+pub(super) const fn int(shard: u32) -> i32 {
+    shard as i32
+}
+
+pub(super) fn big(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// The day a time falls on, since 1970.
+pub(super) fn day(at: Millis) -> i32 {
+    i32::try_from(at.0.div_euclid(86_400_000)).unwrap_or(i32::MAX)
+}
+
+/// The lexeme of a word in a life.
+pub(super) fn lexeme(life: i64, word: &str) -> String {
+    format!("{life}:{word}")
+}
+
+impl<'a> Writes<'a> {
+    /// A new instance.
+    pub(super) fn instance(&mut self, key: &'a InstanceKey, life: i64, at: Millis, profile: Option<String>) {
+        let rows = &mut self.instances;
+        rows.0.push(key.tenant.as_str());
+        rows.1.push(key.instance.as_str());
+        rows.2.push(life);
+        rows.3.push(at.0);
+        rows.4.push(profile);
+    }
+
+    /// Another profile.
+    pub(super) fn profile(&mut self, key: &'a InstanceKey, profile: String) {
+        self.profiles.0.push(key.tenant.as_str());
+        self.profiles.1.push(key.instance.as_str());
+        self.profiles.2.push(profile);
+    }
+
+    /// A turn; `waited`: its stimulus stood in the inbox.
+    pub(super) fn turn(
+        &mut self,
+        key: &'a InstanceKey,
+        shard: u32,
+        life: i64,
+        turn: &'a TurnRecord,
+        waited: bool,
+    ) -> Result<(), Error> {
+        let flags = record::flags(turn, waited) & !record::COARSE;
+        let place = crate::store::links::Place { turn: turn.turn, back: [0; crate::store::links::LEVELS] };
+        let row = record::Row { flags, place, decided_at: turn.decided_at };
+        let rec = record::encode(&row, 0, turn, Vec::with_capacity(256))?;
+        let (tenant, number) = (key.tenant.as_str(), big(turn.turn));
+        self.turns.tenant.push(tenant);
+        self.turns.life.push(life);
+        self.turns.turn.push(number);
+        self.turns.leaves.push(row.has(record::EFFECTS));
+        self.turns.shard.push(int(shard));
+        self.turns.instance.push(key.instance.as_str());
+        self.turns.rec.push(rec);
+        if row.has(record::INDEXED) {
+            self.seen.insert((tenant, turn.stimulus.id.as_str(), life), (number, day(turn.decided_at)));
+        }
+        for episode in replay::episodes(turn) {
+            let (counts, length) = rank::count_words(&episode.content, &episode.tags);
+            let mut words: Vec<(&String, &u32)> = counts.iter().collect();
+            words.sort_unstable();
+            words.truncate(MAX_WORDS);
+            let lexemes: Vec<String> = words
+                .iter()
+                .map(|(word, count)| format!("'{}':{}", lexeme(life, word), (**count).min(MAX_COUNT)))
+                .collect();
+            self.episodes.0.push(tenant);
+            self.episodes.1.push(life);
+            self.episodes.2.push(big(episode.id));
+            self.episodes.3.push(i64::from(length));
+            self.episodes.4.push(lexemes.join(" "));
+        }
+        Ok(())
+    }
+
+    /// A stimulus leaves the inbox.
+    pub(super) fn leave_inbox(&mut self, ord: i64) {
+        self.inbox_out.push(ord);
+    }
+
+    /// A stimulus enters the inbox.
+    pub(super) fn enter_inbox(
+        &mut self,
+        key: &'a InstanceKey,
+        shard: u32,
+        stimulus: &'a Stimulus,
+    ) -> Result<(), Error> {
+        let rows = &mut self.inbox_in;
+        rows.4.push(record::encode_stimulus(stimulus)?);
+        rows.0.push(key.tenant.as_str());
+        rows.1.push(key.instance.as_str());
+        rows.2.push(int(shard));
+        rows.3.push(stimulus.id.as_str());
+        Ok(())
+    }
+
+    /// A dead letter goes back to the inbox.
+    pub(super) fn revive(&mut self, ord: i64, shard: u32) {
+        self.revived.0.push(ord);
+        self.revived.1.push(int(shard));
+    }
+
+    /// A stimulus becomes a dead letter, in the place of an earlier one of the same id.
+    pub(super) fn bury(
+        &mut self,
+        key: &'a InstanceKey,
+        stimulus: &'a Stimulus,
+        (reason, tries, at): (&str, u32, Millis),
+        earlier: Option<i64>,
+    ) -> Result<(), Error> {
+        self.dead_out.extend(earlier);
+        self.dead_in.rec.push(record::encode_stimulus(stimulus)?);
+        self.dead_in.tenant.push(key.tenant.as_str());
+        self.dead_in.instance.push(key.instance.as_str());
+        self.dead_in.stimulus.push(stimulus.id.as_str());
+        // PostgreSQL's text holds no zero byte.
+        self.dead_in.reason.push(reason.replace('\0', "\u{fffd}"));
+        self.dead_in.tries.push(i64::from(tries));
+        self.dead_in.at.push(at.0);
+        Ok(())
+    }
+
+    /// An instance's life ends.
+    pub(super) fn forget(&mut self, key: &'a InstanceKey, life: i64) {
+        self.forgotten.0.push(key.tenant.as_str());
+        self.forgotten.1.push(key.instance.as_str());
+        self.forgotten.2.push(life);
+        self.pending.retain(|(owner, _), _| *owner != key);
+    }
+
+    /// So many stimuli were lodged for a shard.
+    pub(super) fn lodge(&mut self, shard: u32, count: usize) {
+        *self.lodged.entry(int(shard)).or_default() += big(count as u64);
+    }
+
+    /// A write of delivery.
+    pub(super) fn ship(&mut self, write: &'a Shipping) {
+        match write {
+            Shipping::Shipped { feed: Feed(feed), position } => {
+                let shipped = self.shipped.entry(int(*feed)).or_default();
+                *shipped = position.max(shipped).to_owned();
+            }
+            Shipping::Postpone(pending) => {
+                self.pending.insert((&pending.key, &pending.effect_id), Some(pending));
+            }
+            Shipping::Settle { key, effect_id } => {
+                self.pending.insert((key, effect_id), None);
+            }
+        }
+    }
+
+    /// A write of the MQTT door.
+    pub(super) fn mqtt(&mut self, write: &'a MqttWrite) {
+        match write {
+            MqttWrite::PutSession { tenant, client, record } => {
+                self.sessions.insert((tenant, client), Some(record));
+            }
+            MqttWrite::DropSession { tenant, client } => {
+                self.sessions.insert((tenant, client), None);
+                self.queues_gone.insert((tenant, client));
+                self.queued.retain(|(t, c, _), _| (*t, *c) != (tenant, client.as_str()));
+            }
+            MqttWrite::Enqueue { tenant, client, order, record } => {
+                self.queued.insert((tenant, client, *order), Some(record));
+            }
+            MqttWrite::Dequeue { tenant, client, order } => {
+                self.queued.insert((tenant, client, *order), None);
+            }
+            MqttWrite::Retain { tenant, topic, record } => {
+                self.retained.insert((tenant, topic), (!record.is_empty()).then_some(&**record));
+            }
+        }
+    }
+
+    /// Whether turns with effects are among them.
+    pub(super) fn has_effects(&self) -> bool {
+        self.turns.leaves.iter().any(|leaves| *leaves)
+    }
+
+    /// Makes columns of the maps. `shard_of` tells the shard of an instance.
+    pub(super) fn flatten(&mut self, shard_of: impl Fn(&InstanceKey) -> u32) -> Result<(), Error> {
+        let flat = &mut self.flat;
+        for (&(tenant, stimulus, life), &(turn, day)) in &self.seen {
+            flat.seen.0.push(tenant);
+            flat.seen.1.push(stimulus);
+            flat.seen.2.push(life);
+            flat.seen.3.push(turn);
+            flat.seen.4.push(day);
+        }
+        flat.lodged = self.lodged.iter().map(|(shard, count)| (*shard, *count)).unzip();
+        flat.shipped = self.shipped.iter().map(|(feed, position)| (*feed, *position)).unzip();
+        for (&(key, effect), pending) in &self.pending {
+            let Some(pending) = pending else {
+                push(&mut flat.settled, &key.tenant, key.instance.as_str()).push(effect);
+                continue;
+            };
+            flat.postponed.4.push(record::encode_pending(pending)?);
+            push(&mut flat.postponed.0, &key.tenant, key.instance.as_str()).push(effect);
+            flat.postponed.1.push(int(shard_of(key)));
+            flat.postponed.2.push(pending.due.0);
+            flat.postponed.3.push(i64::from(pending.tries));
+        }
+        for (tenant, client) in &self.queues_gone {
+            push(&mut flat.queues_gone, tenant, client);
+        }
+        for (&(tenant, client), rec) in &self.sessions {
+            match rec {
+                Some(rec) => push(&mut flat.sessions, tenant, client).push(rec),
+                None => *push(&mut flat.sessions_gone, tenant, client) = (),
+            }
+        }
+        for (&(tenant, client, order), rec) in &self.queued {
+            match rec {
+                Some(rec) => {
+                    push(&mut flat.enqueued.0, tenant, client).push(order);
+                    flat.enqueued.1.push(rec);
+                }
+                None => push(&mut flat.dequeued, tenant, client).push(order),
+            }
+        }
+        for (&(tenant, topic), rec) in &self.retained {
+            match rec {
+                Some(rec) => push(&mut flat.retained, tenant, topic).push(rec),
+                None => *push(&mut flat.cleared, tenant, topic) = (),
+            }
+        }
+        Ok(())
+    }
+
+    /// The statements that write it all, in order. [`Writes::flatten`] comes before.
+    pub(super) fn steps(&self) -> Vec<Step<'_>> {
+        let (instances, turns, dead, flat) = (&self.instances, &self.turns, &self.dead_in, &self.flat);
+        let postponed = &flat.postponed;
+        let all: [(&'static Sql, usize, Vec<Param<'_>>); 22] = [
+            (&FORGOTTEN, self.forgotten.0.len(), vec![&self.forgotten.0, &self.forgotten.1, &self.forgotten.2]),
+            (&INSTANCES, instances.0.len(), vec![&instances.0, &instances.1, &instances.2, &instances.3, &instances.4]),
+            (&PROFILES, self.profiles.0.len(), vec![&self.profiles.0, &self.profiles.1, &self.profiles.2]),
+            (&INBOX_OUT, self.inbox_out.len(), vec![&self.inbox_out]),
+            (
+                &INBOX_IN,
+                self.inbox_in.0.len(),
+                vec![&self.inbox_in.0, &self.inbox_in.1, &self.inbox_in.2, &self.inbox_in.3, &self.inbox_in.4],
+            ),
+            (&REVIVED, self.revived.0.len(), vec![&self.revived.0, &self.revived.1]),
+            (&DEAD_OUT, self.dead_out.len(), vec![&self.dead_out]),
+            (
+                &DEAD_IN,
+                dead.tenant.len(),
+                vec![&dead.tenant, &dead.instance, &dead.stimulus, &dead.reason, &dead.tries, &dead.at, &dead.rec],
+            ),
+            (
+                &TURNS,
+                turns.turn.len(),
+                vec![&turns.tenant, &turns.life, &turns.turn, &turns.leaves, &turns.shard, &turns.instance, &turns.rec],
+            ),
+            (&SEEN, flat.seen.0.len(), vec![&flat.seen.0, &flat.seen.1, &flat.seen.2, &flat.seen.3, &flat.seen.4]),
+            (
+                &EPISODES,
+                self.episodes.0.len(),
+                vec![&self.episodes.0, &self.episodes.1, &self.episodes.2, &self.episodes.3, &self.episodes.4],
+            ),
+            (&LODGED, flat.lodged.0.len(), vec![&flat.lodged.0, &flat.lodged.1]),
+            (&SHIPPED, flat.shipped.0.len(), vec![&flat.shipped.0, &flat.shipped.1]),
+            (&SETTLED, flat.settled.0.len(), vec![&flat.settled.0, &flat.settled.1, &flat.settled.2]),
+            (
+                &POSTPONED,
+                postponed.1.len(),
+                vec![
+                    &postponed.0.0,
+                    &postponed.0.1,
+                    &postponed.0.2,
+                    &postponed.1,
+                    &postponed.2,
+                    &postponed.3,
+                    &postponed.4,
+                ],
+            ),
+            (&QUEUES_GONE, flat.queues_gone.0.len(), vec![&flat.queues_gone.0, &flat.queues_gone.1]),
+            (&SESSIONS_GONE, flat.sessions_gone.0.len(), vec![&flat.sessions_gone.0, &flat.sessions_gone.1]),
+            (&SESSIONS, flat.sessions.0.len(), vec![&flat.sessions.0, &flat.sessions.1, &flat.sessions.2]),
+            (&DEQUEUED, flat.dequeued.0.len(), vec![&flat.dequeued.0, &flat.dequeued.1, &flat.dequeued.2]),
+            (
+                &ENQUEUED,
+                flat.enqueued.1.len(),
+                vec![&flat.enqueued.0.0, &flat.enqueued.0.1, &flat.enqueued.0.2, &flat.enqueued.1],
+            ),
+            (&CLEARED, flat.cleared.0.len(), vec![&flat.cleared.0, &flat.cleared.1]),
+            (&RETAINED, flat.retained.0.len(), vec![&flat.retained.0, &flat.retained.1, &flat.retained.2]),
+        ];
+        all.into_iter().filter(|(_, rows, _)| *rows > 0).map(|(sql, _, params)| (sql, params)).collect()
+    }
+}
+
+/// Appends a key; the column of what goes with it.
+fn push<'b, 'a, V>(columns: &'b mut Keyed<'a, V>, tenant: &'a TenantId, name: &'a str) -> &'b mut V {
+    columns.0.push(tenant.as_str());
+    columns.1.push(name);
+    &mut columns.2
+}
+
+/// What is looked up of a stimulus.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Asked<'a> {
+    /// Whose.
+    pub key: &'a InstanceKey,
+    /// Its id.
+    pub stimulus: &'a StimulusId,
+    /// The instance's life, if it is known.
+    pub life: Option<i64>,
+    /// Whether dead letters and decided ones are of interest too.
+    pub wide: bool,
+}
