@@ -405,4 +405,27 @@ mod tests {
             ["cognition.default_provider: no provider 'gpu' is configured, none is"]
         );
     }
+
+    #[test]
+    fn postgres_needs_an_address_and_no_password_in_it() {
+        let postgres = |change: &dyn Fn(&mut crate::config::Postgres)| {
+            found(|config| {
+                config.store.backend = Backend::Postgres;
+                config.store.postgres.url =
+                    String::from("postgres://user@host:5432/db?target_session_attrs=read-write");
+                change(&mut config.store.postgres);
+            })
+        };
+        assert_eq!(postgres(&|_| ()), [""; 0]);
+        assert_eq!(postgres(&|p| (p.url, p.url_env) = (String::new(), String::from("SET"))), [""; 0]);
+        for url in ["postgres://user:secret@host/db", "host=h password=secret", "postgres://h/db?password=secret"] {
+            let told = postgres(&|p| p.url = String::from(url));
+            assert!(told[0].starts_with("store.postgres.url: ") && !told[0].contains("secret"), "{told:?}");
+        }
+        assert!(postgres(&|p| p.url.clear())[0].contains("needs the address"));
+        assert!(postgres(&|p| p.url_env = String::from("UNSET"))[0].contains("UNSET is not set"));
+        assert!(postgres(&|p| p.pooler = true)[0].starts_with("store.postgres.direct_url: "));
+        assert!(postgres(&|p| p.tls_ca = Some("ca.pem".into()))[0].starts_with("store.postgres.tls_ca: "));
+        assert!(postgres(&|p| p.lanes = 0)[0].starts_with("store.postgres.lanes: "));
+    }
 }

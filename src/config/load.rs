@@ -368,7 +368,7 @@ mod tests {
                 "c.toml:2:1: http.listn: unknown setting (did you mean 'listen'?)",
                 "c.toml:3:1: http.workers: string \"two\" is not a whole number of 0 or more",
                 "c.toml:5:2: stor: unknown setting (did you mean 'store'?)",
-                "c.toml:9:1: store.backend: 'sqlit' is not one of sqlite, memory (did you mean 'sqlite'?)",
+                "c.toml:9:1: store.backend: 'sqlit' is not one of sqlite, postgres, memory (did you mean 'sqlite'?)",
                 "c.toml:10:3: store.max_inbox: unknown setting (it belongs to [instances])",
             ]
         );
@@ -424,7 +424,7 @@ mod tests {
     /// Every key a section knows stands in the compiled-in file, as a setting or as a comment.
     #[test]
     fn the_compiled_in_file_names_every_key() {
-        let sections = "node http mqtt store cluster scaling instances cognition cognition.providers.local delivery \
+        let sections = "node http mqtt store store.postgres cluster scaling instances cognition cognition.providers.local delivery \
                         auth auth.tokens telemetry faults";
         for section in sections.split_whitespace() {
             let mut tree = defaults().unwrap();
@@ -448,7 +448,7 @@ mod tests {
             for key in known {
                 let there = part.contains(&format!("\n{key} = ")) || part.contains(&format!("\n# {key} = "));
                 assert!(
-                    there || key == "providers" || key == "tokens",
+                    there || ["providers", "tokens", "postgres"].contains(&key),
                     "{section}.{key} is not in config/default.toml"
                 );
             }
