@@ -152,7 +152,9 @@ fn has_password(url: &str) -> bool {
 
 fn store(store: &Store, has_env: &dyn Fn(&str) -> bool, found: &mut Findings) {
     let postgres = &store.postgres;
-    for (key, url) in [("url", &postgres.url), ("direct_url", &postgres.direct_url)] {
+    for (key, url) in
+        [("url", &postgres.url), ("direct_url", &postgres.direct_url), ("replica_url", &postgres.replica_url)]
+    {
         if has_password(url) {
             let message = "this is shown and logged, so it holds no password";
             found.add_with_hint(
@@ -165,7 +167,11 @@ fn store(store: &Store, has_env: &dyn Fn(&str) -> bool, found: &mut Findings) {
     if store.backend != Backend::Postgres {
         return;
     }
-    for (key, name) in [("url_env", &postgres.url_env), ("direct_url_env", &postgres.direct_url_env)] {
+    for (key, name) in [
+        ("url_env", &postgres.url_env),
+        ("direct_url_env", &postgres.direct_url_env),
+        ("replica_url_env", &postgres.replica_url_env),
+    ] {
         variable(&["store", "postgres", key], name, has_env, found);
     }
     if postgres.url.is_empty() && postgres.url_env.is_empty() {

@@ -237,6 +237,12 @@ pub struct Postgres {
     /// As `url_env`, for `direct_url`.
     #[serde(default)]
     pub direct_url_env: String,
+    /// A read replica; none when empty.
+    #[serde(default)]
+    pub replica_url: String,
+    /// As `url_env`, for `replica_url`.
+    #[serde(default)]
+    pub replica_url_env: String,
     /// Whether a pooler in transaction mode stands between.
     pub pooler: bool,
     /// TLS.

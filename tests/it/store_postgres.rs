@@ -30,7 +30,7 @@ use crate::{
         SHARDS, Subject, commit, decide, effect, fence, id, key, open_postgres, postgres_settings, record, stimulus,
         turns,
     },
-    support::{PATIENCE, Postgres, postgres, wait_until},
+    support::{Node, PATIENCE, Postgres, http, postgres, wait_until},
 };
 
 async fn fresh() -> (Arc<PostgresStore>, String) {
@@ -440,4 +440,66 @@ async fn a_long_text_of_many_words_is_remembered() {
     turns(&*subject.store, &key("a"), Head::default(), vec![next]).await.unwrap();
     let found = subject.store.recall(&key("a"), "word000003", 9).await.unwrap();
     assert_eq!(found.len(), 1);
+}
+
+#[tokio::test]
+async fn a_node_killed_on_a_database_goes_on_from_there() {
+    let url = postgres::shared().database().await;
+    let mut builder = Node::builder();
+    for argument in postgres::arguments(&url) {
+        builder = builder.arg(argument);
+    }
+    let mut node = builder.start().await;
+    node.client().put_instance("lamp", &http::echo()).await;
+    for round in 1..=3u64 {
+        let (id, content) = (format!("s{round}"), format!("c{round}"));
+        let answer = node.client().say("lamp", &id, &content).await.expect(200);
+        assert_eq!(answer["turn"], round, "{answer}");
+        node.kill9().await;
+        node.start_again().await;
+        let again = node.client().say("lamp", &id, &content).await.expect(200);
+        assert_eq!(again["turn"], round, "decided once: {again}");
+    }
+    assert_eq!(node.client().decided("lamp").await, ["c1", "c2", "c3"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reads_from_a_replica_see_what_was_committed() {
+    let primary = Postgres::start();
+    let url = primary.database().await;
+    let mut replica = primary.replica();
+    let mut config = postgres_settings(&url);
+    config.postgres.replica_url = url.replace(&format!(":{}/", primary.port()), &format!(":{}/", replica.port()));
+    let (store, other) = (open_postgres(&config).await, open_postgres(&config).await);
+    let mut head = Head::default();
+    for turn in 1..=50u64 {
+        head = decide(&*store, &key("a"), head, &[Some(&format!("s{turn}"))]).await.unwrap();
+        // Also what another node committed.
+        assert_eq!(other.turns(&key("a"), 0, 99).await.unwrap().len() as u64, turn);
+        assert_eq!(store.state(&key("a")).await.unwrap().unwrap().turn, turn);
+    }
+    wait_until("the replica answers", PATIENCE, async || {
+        assert_eq!(store.state(&key("a")).await.unwrap().unwrap().turn, 50);
+        store.replica_reads() > 0
+    })
+    .await;
+    // A replica that stands still is passed over.
+    let at_replica = postgres::connect(&config.postgres.replica_url).await;
+    at_replica.batch_execute("SELECT pg_wal_replay_pause()").await.unwrap();
+    let served = store.replica_reads();
+    for turn in 51..=60u64 {
+        head = decide(&*store, &key("a"), head, &[None]).await.unwrap();
+        assert_eq!(store.turns(&key("a"), 0, 99).await.unwrap().len() as u64, turn);
+    }
+    assert_eq!(store.replica_reads(), served);
+    at_replica.batch_execute("SELECT pg_wal_replay_resume()").await.unwrap();
+    wait_until("it answers again", PATIENCE, async || {
+        assert_eq!(store.turns(&key("a"), 0, 99).await.unwrap().len(), 60);
+        store.replica_reads() > served
+    })
+    .await;
+    // And so is one that is gone.
+    replica.stop("immediate");
+    decide(&*store, &key("a"), head, &[None]).await.unwrap();
+    assert_eq!(store.turns(&key("a"), 0, 99).await.unwrap().len(), 61);
 }

@@ -10,6 +10,7 @@
 //! | `lane` | the task that commits |
 //! | `decide`, `writes` | what becomes of a unit; what a batch writes |
 //! | `query`, `recall`, `rows` | what is read |
+//! | `replica` | reads that a replica answers |
 //! | `ownership` | who takes part and who owns what |
 //! | `chores` | removal and expiry |
 //!
@@ -24,6 +25,7 @@ mod lane;
 mod ownership;
 mod query;
 mod recall;
+mod replica;
 mod rows;
 mod sql;
 mod writes;
@@ -50,6 +52,7 @@ use self::{
     connect::{Failure, Target},
     lane::{Job, Lane},
     ownership::Sessions,
+    replica::Replica,
     sql::{Conn, Param, Sql},
     writes::int,
 };
@@ -141,6 +144,7 @@ fn no_connection(error: &deadpool_postgres::PoolError) -> Failure {
 pub struct PostgresStore {
     shared: Arc<Shared>,
     readers: Pool,
+    replica: Option<Replica>,
     direct: Target,
     lanes: Mutex<Option<Lanes>>,
     sessions: tokio::sync::Mutex<Sessions>,
@@ -210,6 +214,15 @@ impl PostgresStore {
             clock,
         });
         found(&shared).await?;
+        let replica = connect::url("store.postgres.replica_url", &settings.replica_url, &settings.replica_url_env)?;
+        let replica = match &replica {
+            Some(url) => {
+                let target = Target::new(connect::expose(url), config, pooled, handle.clone())?;
+                let flushes = config.durability == config::Durability::Full;
+                Some(Replica::new(target.pool(settings.pool.max(1), wait)?, flushes, !pooled))
+            }
+            None => None,
+        };
         let depth = config.max_queue.div_ceil(lanes).max(1);
         let mut all = Lanes { senders: Vec::new(), tasks: Vec::new() };
         for lane in 0..=lanes {
@@ -222,6 +235,7 @@ impl PostgresStore {
         Ok(Arc::new(Self {
             shared,
             readers: target.pool(settings.pool.max(1), wait)?,
+            replica,
             direct,
             lanes: Mutex::new(Some(all)),
             sessions: tokio::sync::Mutex::default(),
@@ -272,6 +286,21 @@ impl PostgresStore {
         Ok(self.direct.connect().await?)
     }
 
+    /// Reads that the replica answered, where there is one.
+    pub fn replica_reads(&self) -> u64 {
+        self.replica.as_ref().map_or(0, Replica::served)
+    }
+
+    /// As [`PostgresStore::rows`], from the replica if it has everything that was committed when this was called.
+    async fn fresh_rows(&self, sql: &Sql, params: &[Param<'_>]) -> Result<Vec<Row>, Error> {
+        if let Some(replica) = self.replica.as_ref().filter(|_| !self.shared.closed.is_cancelled())
+            && let Some(rows) = replica.rows(&self.readers, sql, params).await
+        {
+            return Ok(rows);
+        }
+        self.rows(sql, params).await
+    }
+
     /// Runs a statement that only reads, again on another connection when one broke.
     async fn rows(&self, sql: &Sql, params: &[Param<'_>]) -> Result<Vec<Row>, Error> {
         let mut tries = 0;
@@ -310,6 +339,7 @@ impl PostgresStore {
         self.shared.abandoned.store(true, Ordering::Release);
         self.shared.closed.cancel();
         self.readers.close();
+        self.replica.iter().for_each(Replica::close);
         if let Ok(mut sessions) = self.sessions.try_lock() {
             sessions.clear();
         }

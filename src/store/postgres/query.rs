@@ -183,7 +183,7 @@ impl PostgresStore {
 
     pub(super) async fn read_state(&self, key: &InstanceKey) -> Result<Option<StateSnapshot>, Error> {
         let names: (&str, &str) = (key.tenant.as_str(), key.instance.as_str());
-        let found = self.rows(&STATE, &[&names.0, &names.1, &PAGE]).await?;
+        let found = self.fresh_rows(&STATE, &[&names.0, &names.1, &PAGE]).await?;
         let Some(row) = found.first() else { return Ok(None) };
         let life = row.try_get(0).map_err(column)?;
         Ok(Some(self.replay(key, life, row.try_get(1).map_err(column)?).await?.0))
@@ -236,13 +236,13 @@ impl PostgresStore {
         count: usize,
     ) -> Result<Vec<Arc<TurnRecord>>, Error> {
         let names: (&str, &str) = (key.tenant.as_str(), key.instance.as_str());
-        let found = self.rows(&ABOVE, &[&names.0, &names.1, &big(after), &limit(count)]).await?;
+        let found = self.fresh_rows(&ABOVE, &[&names.0, &names.1, &big(after), &limit(count)]).await?;
         found.iter().map(|row| Ok(Arc::new(rows::turn(row, 0)?))).collect()
     }
 
     pub(super) async fn find_stimulus(&self, key: &InstanceKey, stimulus: &StimulusId) -> Result<Option<Known>, Error> {
         let names: (&str, &str) = (key.tenant.as_str(), key.instance.as_str());
-        let found = self.rows(&FIND, &[&names.0, &names.1, &stimulus.as_str()]).await?;
+        let found = self.fresh_rows(&FIND, &[&names.0, &names.1, &stimulus.as_str()]).await?;
         let Some(row) = found.first() else { return Ok(None) };
         if is_there(row, 2) {
             return Ok(Some(Known::Waiting(Arc::new(rows::stimulus(row, 2)?))));
@@ -320,7 +320,7 @@ impl PostgresStore {
         // Ids are made of characters below this one.
         let end = format!("{prefix}\u{7f}");
         let names: (&str, &str) = (key.tenant.as_str(), key.instance.as_str());
-        let found = self.rows(&FIND_PREFIX, &[&names.0, &names.1, &prefix, &end]).await?;
+        let found = self.fresh_rows(&FIND_PREFIX, &[&names.0, &names.1, &prefix, &end]).await?;
         for row in &found {
             let turn = rows::turn(row, 0)?;
             if turn.stimulus.repeatable {
@@ -335,7 +335,7 @@ impl PostgresStore {
         tenant: &TenantId,
         stimulus: &StimulusId,
     ) -> Result<Vec<InstanceId>, Error> {
-        let found = self.rows(&LOCATE, &[&tenant.as_str(), &stimulus.as_str(), &limit(MAX_LOCATED)]).await?;
+        let found = self.fresh_rows(&LOCATE, &[&tenant.as_str(), &stimulus.as_str(), &limit(MAX_LOCATED)]).await?;
         Ok(found.iter().map(|row| rows::id(row, 0)).collect::<Result<_, _>>()?)
     }
 
@@ -349,7 +349,7 @@ impl PostgresStore {
         let mut listed = Vec::new();
         let mut after = after.map_or_else(String::new, |after| after.as_str().to_owned());
         while listed.len() < count {
-            let page = self.rows(&LIST, &[&tenant.as_str(), &after, &label.is_none(), &LISTED]).await?;
+            let page = self.fresh_rows(&LIST, &[&tenant.as_str(), &after, &label.is_none(), &LISTED]).await?;
             for row in &page {
                 let instance: InstanceId = rows::id(row, 0)?;
                 instance.as_str().clone_into(&mut after);
@@ -387,7 +387,7 @@ impl PostgresStore {
     ) -> Result<Vec<DeadLetter>, Error> {
         let names: (&str, &str) = (key.tenant.as_str(), key.instance.as_str());
         let after = after.map(StimulusId::as_str);
-        let found = self.rows(&DEAD, &[&names.0, &names.1, &after, &limit(count)]).await?;
+        let found = self.fresh_rows(&DEAD, &[&names.0, &names.1, &after, &limit(count)]).await?;
         Ok(found.iter().map(|row| rows::letter(row, 0)).collect::<Result<_, _>>()?)
     }
 

@@ -1,4 +1,7 @@
 //! A node: the real binary in a process of its own, on free ports and a temporary data folder.
+//!
+//! With `SOPHONT_TEST_STORE=postgres` in the environment, nodes whose test does not configure the store keep everything in a
+//! database instead, one for each data folder.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -16,7 +19,7 @@ use nix::{
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
 
-use super::{Http, PATIENCE, free_port, wait_for};
+use super::{Http, PATIENCE, free_port, postgres, wait_for};
 
 /// What to start, and how.
 #[derive(Debug, Clone, Default)]
@@ -168,6 +171,16 @@ impl Node {
         fs::read_to_string(self.home.path().join("stdout.log")).unwrap_or_default()
     }
 
+    /// The arguments that put the store elsewhere, if the environment says so.
+    fn database(&self) -> Vec<String> {
+        let wanted = std::env::var("SOPHONT_TEST_STORE").is_ok_and(|store| store == "postgres");
+        let own = |text: &String| text.contains("store.") || text.contains("[store");
+        if !wanted || own(&self.builder.config) || self.builder.arguments.iter().any(own) {
+            return Vec::new();
+        }
+        postgres::arguments(&postgres::database_of(&self.data_dir()))
+    }
+
     fn launch(&mut self) {
         let home = self.home.path();
         let config = home.join("sophont.toml");
@@ -184,6 +197,7 @@ impl Node {
             .arg(self.data_dir())
             .args(["--http", &format!("127.0.0.1:{http}"), "--mqtt", &format!("127.0.0.1:{mqtt}")])
             .args(&self.builder.arguments)
+            .args(self.database())
             .envs(self.builder.environment.iter().cloned())
             .current_dir(home)
             .stdin(Stdio::null())

@@ -65,6 +65,14 @@ fn group() -> u32 {
     nix::unistd::User::from_name(USER).ok().flatten().map_or(65_534, |user| user.gid.as_raw())
 }
 
+/// Lets that user write into a folder.
+fn give_away(folder: &Path) {
+    if is_root() {
+        let user = nix::unistd::User::from_name(USER).ok().flatten().expect("the user nobody");
+        std::os::unix::fs::chown(folder, Some(user.uid.as_raw()), Some(user.gid.as_raw())).expect("chown");
+    }
+}
+
 fn succeed(command: &mut Command) {
     let output = command.stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
     assert!(
@@ -85,10 +93,7 @@ impl Postgres {
     /// As [`Postgres::start`], with more lines for its configuration.
     pub fn start_with(lines: &str) -> Self {
         let home = TempDir::new().expect("a temporary folder");
-        if is_root() {
-            let user = nix::unistd::User::from_name(USER).ok().flatten().expect("the user nobody");
-            std::os::unix::fs::chown(home.path(), Some(user.uid.as_raw()), Some(user.gid.as_raw())).expect("chown");
-        }
+        give_away(home.path());
         let bin = bin();
         let data = home.path().join("data");
         succeed(
@@ -135,6 +140,24 @@ impl Postgres {
         let mut watch = Command::new("/bin/sh");
         watch.args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
         self.watch = Some(watch.spawn().expect("a shell watches"));
+    }
+
+    /// A streaming replica of it.
+    pub fn replica(&self) -> Self {
+        let home = TempDir::new().expect("a temporary folder");
+        give_away(home.path());
+        let port = free_port();
+        let data = home.path().join("data");
+        let mut backup = plain(&self.bin.join("pg_basebackup"));
+        backup.args(["-R", "-c", "fast", "-X", "stream", "-d", &self.url("postgres"), "-D"]).arg(&data);
+        succeed(backup.current_dir(home.path()));
+        let more = format!("port = {port}\nhot_standby = on\n");
+        let file = data.join("postgresql.auto.conf");
+        let config = fs::read_to_string(&file).expect("its configuration is there");
+        fs::write(&file, config + &more).expect("its configuration is written");
+        let mut server = Self { home, port, bin: self.bin.clone(), watch: None };
+        server.start_again();
+        server
     }
 
     /// Stops it: `fast`, or `immediate` as a crash would.
@@ -202,6 +225,25 @@ pub fn shared() -> &'static Postgres {
     shared.get_or_insert_with(|| Box::leak(Box::new(Postgres::start())))
 }
 
+/// The database of the shared server that stands for a data folder; made when it is first asked for.
+pub fn database_of(folder: &Path) -> String {
+    static ALL: Mutex<Vec<(PathBuf, String)>> = Mutex::new(Vec::new());
+    let mut all = ALL.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if let Some((_, url)) = all.iter().find(|(known, _)| known == folder) {
+        return url.clone();
+    }
+    let making = std::thread::spawn(|| runtime().block_on(shared().database()));
+    let url = making.join().expect("a database is made");
+    all.push((folder.to_owned(), url.clone()));
+    url
+}
+
+/// The arguments with which a node keeps everything in a database.
+pub fn arguments(url: &str) -> Vec<String> {
+    let settings = [String::from("store.backend=postgres"), format!("store.postgres.url={url}")];
+    settings.into_iter().flat_map(|setting| [String::from("--set"), setting]).collect()
+}
+
 /// The runtime on which the stores of tests work: it outlives each test's own.
 pub fn runtime() -> tokio::runtime::Handle {
     static RUNTIME: Mutex<Option<&'static tokio::runtime::Runtime>> = Mutex::new(None);
@@ -224,10 +266,7 @@ pub struct Pooler {
 impl Pooler {
     fn start() -> Self {
         let home = TempDir::new().expect("a temporary folder");
-        if is_root() {
-            let user = nix::unistd::User::from_name(USER).ok().flatten().expect("the user nobody");
-            std::os::unix::fs::chown(home.path(), Some(user.uid.as_raw()), Some(user.gid.as_raw())).expect("chown");
-        }
+        give_away(home.path());
         let (port, file, users) = (free_port(), home.path().join("pgbouncer.ini"), home.path().join("users"));
         fs::write(&users, "\"postgres\" \"\"\n").expect("its users are written");
         let config = format!(
