@@ -221,6 +221,24 @@ fn message(topic: &str, payload: &str, retain: bool) -> Message {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drain_leaves_to_the_broker_what_is_refused_at_present() {
+    let (broker, world) = (Mosquitto::start().await, World::new());
+    let node = Node::of(&world, &broker).await;
+    let device = Device::connect(&broker, "d");
+    let (accepted, asked) = (device.stand(&world).await, world.asked());
+    world.refusals.store(usize::MAX, Ordering::SeqCst);
+    device.send("sophont/acme/lamp/in/c", "late", "late").await;
+    wait_until("it was refused", PATIENCE, async || world.asked() > asked).await;
+    node.drain.begin();
+    let closed = tokio::time::timeout(PATIENCE, node.link.close(10 * PATIENCE)).await;
+    assert!(closed.is_ok(), "the drain waits for what cannot be taken now");
+    world.refusals.store(0, Ordering::SeqCst);
+    let _next = Node::of(&world, &broker).await;
+    world.wait(accepted + 1).await;
+    assert_eq!(world.contents().last().map(String::as_str), Some("late"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_device_and_an_instance_talk_through_the_broker() {
     let (broker, world) = (Mosquitto::start().await, World::new());
     let node = Node::of(&world, &broker).await;

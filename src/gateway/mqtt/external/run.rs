@@ -54,6 +54,8 @@ enum End {
     Accepted,
     /// It never can be.
     Refused(Refusal),
+    /// This node takes nothing more. It is not acknowledged, so the broker keeps it for the next start.
+    Left,
 }
 
 /// The task behind a [`super::Link`].
@@ -191,15 +193,18 @@ impl Run {
             return;
         }
         while let Some(job) = self.intake.next() {
-            let (inward, clock) = (self.inward.clone(), self.clock.clone());
+            let (inward, clock, drain) = (self.inward.clone(), self.clock.clone(), self.drain.clone());
             self.under_way.push(Box::pin(async move {
-                let end = hand_over(&job, inward.as_ref(), &clock).await;
+                let end = hand_over(&job, inward.as_ref(), &clock, &drain).await;
                 (job, end)
             }));
         }
     }
 
     fn end(&mut self, job: &Job, end: End) {
+        if matches!(end, End::Left) {
+            return; // its lane stays as it is: what comes after it stays too
+        }
         if let End::Refused(refusal) = end {
             let topic = match job.until {
                 Until::Decided => format!("sophont/{}/{}/state/reported", job.key.tenant, job.key.instance),
@@ -322,8 +327,9 @@ fn backoff(first: Duration, longest: Duration, failures: u32, chance: u128) -> D
     full - Duration::from_millis(off)
 }
 
-/// Hands a message to its instance until it is taken or never can be. A message without a packet id is tried once.
-async fn hand_over(job: &Job, inward: &dyn Inward, clock: &Clock) -> End {
+/// Hands a message to its instance until it is taken, never can be, or the node drains. A message without a packet id is
+/// tried once.
+async fn hand_over(job: &Job, inward: &dyn Inward, clock: &Clock, drain: &Drain) -> End {
     if let Some(prefix) = &job.earlier {
         let since = clock.now().plus(-RECOGNISED_MS);
         if inward.knows(&job.key, prefix, since).await {
@@ -348,7 +354,10 @@ async fn hand_over(job: &Job, inward: &dyn Inward, clock: &Clock) -> End {
         if tries == 0 {
             tracing::debug!(tenant = %job.key.tenant, instance = %job.key.instance, "MQTT message waits: {error}");
         }
-        tokio::time::sleep(backoff(AGAIN_FIRST, AGAIN_LONGEST, tries, u128::from(job.ticket))).await;
+        let wait = backoff(AGAIN_FIRST, AGAIN_LONGEST, tries, u128::from(job.ticket));
+        if tokio::time::timeout(wait, drain.draining()).await.is_ok() {
+            return End::Left;
+        }
         tries += 1;
     }
 }
