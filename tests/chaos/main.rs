@@ -12,12 +12,15 @@ mod proxy;
 mod support;
 mod world;
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use serde_json::Value;
 use tokio::{sync::Mutex, task::LocalSet};
 
-use fault::{Fault, plan};
+use fault::{Fault, Terrain, only, plan};
 use outage::{Strike, table};
 use support::{
     PATIENCE,
@@ -27,7 +30,7 @@ use support::{
 use world::World;
 
 /// Faults of a run when nobody says how many: each kind about once.
-const FAULTS: usize = 8;
+const FAULTS: u64 = 8;
 const SEED: u64 = 1;
 /// Acceptances between two faults.
 const BETWEEN: u64 = 60;
@@ -60,7 +63,7 @@ async fn check(world: &World, log: &Path) -> Value {
 async fn settled(world: &World, log: &Path, shape: &Shape) -> Value {
     world.until_decided(&shape.instances()).await;
     let mut last = Value::Null;
-    let started = std::time::Instant::now();
+    let started = Instant::now();
     wait_for("nothing is on its way", 3 * PATIENCE, async || {
         last = check(world, log).await;
         // A broker may still hold what it accepted for us.
@@ -84,10 +87,11 @@ async fn survives(mut world: World, shape: Shape, seed: u64, faults: Vec<Fault>)
     let mut strikes = Vec::new();
     for (at, fault) in faults.iter().enumerate() {
         println!("seed {seed}, fault {at}: {fault}");
-        let from = std::time::Instant::now();
+        let from = Instant::now();
         world.suffer(*fault).await;
+        let to = Instant::now();
         load.until_each_is_served().await;
-        strikes.push(Strike { kind: fault.kind(), from, to: std::time::Instant::now() });
+        strikes.push(Strike { kind: fault.kind(), from, to, calm: Instant::now() });
         load.until_accepted(BETWEEN).await;
     }
     let load = load.finish().await;
@@ -117,11 +121,21 @@ fn keep_evidence(verdict: &Value, log: &Path, seed: u64) {
     }
 }
 
+/// So many of all kinds, or only those that are asked for: `SOPHONT_CHAOS_ONLY="kill -9=30,drain=10"`.
+fn faults(seed: u64, terrain: &Terrain) -> Vec<Fault> {
+    let Ok(wanted) = std::env::var("SOPHONT_CHAOS_ONLY") else {
+        return plan(seed, usize::try_from(number("SOPHONT_CHAOS_FAULTS", FAULTS)).unwrap(), terrain);
+    };
+    let pairs = wanted.split(',').map(|pair| pair.split_once('=').expect("KIND=COUNT"));
+    let wanted: Vec<(&str, usize)> = pairs.map(|(kind, count)| (kind.trim(), count.parse().unwrap())).collect();
+    only(seed, terrain, &wanted)
+}
+
 async fn run(world: impl Future<Output = World>, shape: Shape) {
     let _turn = TURN.lock().await;
-    let (seed, count) = (number("SOPHONT_CHAOS_SEED", SEED), number("SOPHONT_CHAOS_FAULTS", FAULTS as u64));
+    let seed = number("SOPHONT_CHAOS_SEED", SEED);
     let world = world.await;
-    let faults = plan(seed, usize::try_from(count).unwrap(), &world.terrain());
+    let faults = faults(seed, &world.terrain());
     LocalSet::new().run_until(survives(world, shape, seed, faults)).await;
 }
 
@@ -133,6 +147,11 @@ async fn one_node_keeps_its_promises() {
 #[tokio::test]
 async fn one_node_behind_a_broker_keeps_its_promises() {
     run(World::behind_a_broker(""), Shape { through_broker: true, ..shape() }).await;
+}
+
+#[tokio::test]
+async fn one_node_on_postgres_keeps_its_promises() {
+    run(World::on_postgres(""), shape()).await;
 }
 
 /// Runs load with a promise broken on purpose, and kills until the checker complains.

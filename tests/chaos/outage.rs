@@ -15,14 +15,16 @@ pub struct Strike {
     pub kind: &'static str,
     /// When it began.
     pub from: Instant,
-    /// When everybody was served again.
+    /// When it was mended.
     pub to: Instant,
+    /// When everybody had been served again.
+    pub calm: Instant,
 }
 
-/// The longest silence of an instance that touches the time between `from` and `to`.
+/// The longest silence of an instance that begins before `to` and ends after `from`.
 fn silence(served: &[Instant], from: Instant, to: Instant) -> Duration {
     let first = served.partition_point(|at| *at < from).saturating_sub(1);
-    let gaps = served[first..].windows(2).take_while(|pair| pair[0] <= to);
+    let gaps = served[first..].windows(2).take_while(|pair| pair[0] < to);
     gaps.map(|pair| pair[1] - pair[0]).max().unwrap_or_default()
 }
 
@@ -40,7 +42,7 @@ pub fn table(strikes: &[Strike], served: &HashMap<String, Vec<Instant>>) -> Stri
         silences.extend(served.values().map(|served| silence(served, strike.from, strike.to)));
     }
     let quiet = strikes.windows(2).flat_map(|pair| {
-        let (from, to) = (pair[0].to, pair[1].from);
+        let (from, to) = (pair[0].calm, pair[1].from);
         served.values().filter_map(move |served| {
             let within: Vec<Instant> = served.iter().copied().filter(|at| (from..to).contains(at)).collect();
             (within.len() > 1).then(|| silence(&within, from, to))
@@ -68,7 +70,7 @@ fn the_longest_silence_around_a_fault_is_found() {
     assert_eq!(silence(&served, at(505), at(520)), Duration::from_millis(390));
     assert_eq!(silence(&served, at(0), at(25)), Duration::from_millis(480), "it began before the end");
     assert_eq!(silence(&[], at(0), at(9)), Duration::ZERO);
-    let strikes = [Strike { kind: "kill -9", from: at(30), to: at(400) }];
+    let strikes = [Strike { kind: "kill -9", from: at(30), to: at(400), calm: at(600) }];
     let table = table(&strikes, &HashMap::from([("lamp".into(), served)]));
     assert!(table.contains("| kill -9 | 1 | 1 | 480 | 480 | 480 |"), "{table}");
 }

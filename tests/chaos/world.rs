@@ -2,14 +2,14 @@
 //!
 //! Not here: what is done to them and when (`fault.rs`), the load (`support/load`).
 
-use std::{collections::HashMap, path::Path, time::Duration};
+use std::{collections::HashMap, net::SocketAddr, path::Path, time::Duration};
 
 use nix::sys::signal::Signal;
 
 use crate::{
     fault::{End, Fault, Flow, Server, Terrain, What},
     proxy::Proxy,
-    support::{Http, Mosquitto, Node, PATIENCE, load::Doors, wait_until},
+    support::{Http, Mosquitto, Node, PATIENCE, load::Doors, postgres::Postgres, redis::Redis, wait_until},
 };
 
 /// Longest time a node may take to drain.
@@ -19,6 +19,14 @@ const DRAIN: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct World {
     members: Vec<Member>,
+    servers: Servers,
+}
+
+/// The servers beside the nodes.
+#[derive(Debug, Default)]
+struct Servers {
+    postgres: Option<Postgres>,
+    redis: Option<Redis>,
     broker: Option<Mosquitto>,
 }
 
@@ -47,23 +55,40 @@ impl Member {
 impl World {
     /// One node with SQLite, devices connected to it.
     pub async fn one_node(config: &str) -> Self {
-        Self { members: vec![Member::start(config, HashMap::new(), true).await], broker: None }
+        let members = vec![Member::start(config, HashMap::new(), true).await];
+        Self { members, servers: Servers::default() }
     }
 
     /// One node with SQLite behind Mosquitto.
     pub async fn behind_a_broker(config: &str) -> Self {
-        // What waits for a node that is away is unbounded here, so that none of it is dropped by the broker.
-        let broker = Mosquitto::builder().config("max_queued_messages 0\nmax_inflight_messages 100").start().await;
+        // What waits for a node that is away is unbounded here, so that none of it is dropped by the broker; and none of it
+        // stands in a queue behind what is in flight, where Mosquitto 2.0 lets newer messages overtake it now and then.
+        let broker = Mosquitto::builder().config("max_queued_messages 0\nmax_inflight_messages 0").start().await;
         let way = Proxy::start(broker.address()).await;
         let config =
             format!("{config}\n[mqtt]\nmode = \"external\"\nurl = \"mqtt://{}\"\nclient_id = \"chaos\"", way.address());
         let member = Member::start(&config, HashMap::from([(Server::Broker, way)]), false).await;
-        Self { members: vec![member], broker: Some(broker) }
+        Self { members: vec![member], servers: Servers { broker: Some(broker), ..Servers::default() } }
+    }
+
+    /// One node on PostgreSQL, devices connected to it.
+    pub async fn on_postgres(config: &str) -> Self {
+        let postgres = start_postgres().await;
+        let way = Proxy::start(of(postgres.port())).await;
+        let config = format!("{config}\n{}", on(&way));
+        let member = Member::start(&config, HashMap::from([(Server::Postgres, way)]), true).await;
+        Self { members: vec![member], servers: Servers { postgres: Some(postgres), ..Servers::default() } }
     }
 
     /// What can go wrong here.
     pub fn terrain(&self) -> Terrain {
-        let servers = self.broker.iter().map(|_| Server::Broker).collect();
+        let Servers { postgres, redis, broker } = &self.servers;
+        let there = [
+            (postgres.is_some(), Server::Postgres),
+            (redis.is_some(), Server::Redis),
+            (broker.is_some(), Server::Broker),
+        ];
+        let servers = there.into_iter().filter_map(|(there, server)| there.then_some(server)).collect();
         Terrain { nodes: self.members.len(), servers }
     }
 
@@ -71,7 +96,7 @@ impl World {
     pub fn doors(&self) -> Doors {
         let http = self.members.iter().map(|member| Http::new(member.clients[0].address())).collect();
         let embedded = || self.members.iter().filter_map(|member| member.clients.get(1)).map(Proxy::address).collect();
-        let mqtt = self.broker.as_ref().map_or_else(embedded, |broker| vec![broker.address()]);
+        let mqtt = self.servers.broker.as_ref().map_or_else(embedded, |broker| vec![broker.address()]);
         Doors { http, mqtt }
     }
 
@@ -146,21 +171,36 @@ impl World {
         }
     }
 
-    fn broker(&mut self, server: Server) -> &mut Mosquitto {
-        assert_eq!(server, Server::Broker, "there is no {server:?} here");
-        self.broker.as_mut().expect("a broker")
-    }
-
     async fn stop(&mut self, server: Server, signal: Signal) {
-        self.broker(server).stop(signal).await;
+        let Servers { postgres, redis, broker } = &mut self.servers;
+        match server {
+            Server::Postgres => {
+                let mode = if signal == Signal::SIGKILL { "immediate" } else { "fast" };
+                apart(postgres, move |postgres| postgres.stop(mode)).await;
+            }
+            // What it holds are hints: it keeps nothing over a restart either way.
+            Server::Redis => redis.as_mut().expect("Redis").kill().await,
+            Server::Broker => broker.as_mut().expect("a broker").stop(signal).await,
+        }
     }
 
     async fn start(&mut self, server: Server) {
-        self.broker(server).start_again().await;
+        let Servers { postgres, redis, broker } = &mut self.servers;
+        match server {
+            Server::Postgres => apart(postgres, Postgres::start_again).await,
+            Server::Redis => redis.as_mut().expect("Redis").start_again().await,
+            Server::Broker => broker.as_mut().expect("a broker").start_again().await,
+        }
     }
 
+    /// A server that is stopped answers nobody; one of many processes is stopped by its ways.
     fn signal(&mut self, server: Server, signal: Signal) {
-        self.broker(server).signal(signal);
+        let flow = if signal == Signal::SIGSTOP { Flow::Stalled } else { Flow::Open };
+        match (server, &self.servers) {
+            (Server::Broker, Servers { broker: Some(broker), .. }) => broker.signal(signal),
+            (Server::Redis, Servers { redis: Some(redis), .. }) => redis.signal(signal),
+            _ => self.members.iter().for_each(|member| member.servers[&server].set(flow)),
+        }
     }
 
     /// SIGKILL of all nodes at once, and a start of all.
@@ -184,6 +224,30 @@ impl World {
             .await;
         }
     }
+}
+
+/// Starting and stopping PostgreSQL blocks, and the load goes on meanwhile.
+async fn apart(postgres: &mut Option<Postgres>, work: impl FnOnce(&mut Postgres) + Send + 'static) {
+    let mut taken = postgres.take().expect("PostgreSQL");
+    let back = tokio::task::spawn_blocking(move || {
+        work(&mut taken);
+        taken
+    });
+    *postgres = Some(back.await.expect("PostgreSQL does as it is told"));
+}
+
+async fn start_postgres() -> Postgres {
+    tokio::task::spawn_blocking(Postgres::start).await.expect("PostgreSQL starts")
+}
+
+fn of(port: u16) -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], port))
+}
+
+/// Settings of a node that reaches PostgreSQL by this way.
+fn on(way: &Proxy) -> String {
+    let url = format!("postgres://postgres@{}/postgres", way.address());
+    format!("[store]\nbackend = \"postgres\"\n[store.postgres]\nurl = \"{url}\"")
 }
 
 /// Lets a fault last. The only wait here that is for time: how long it lasts is what the fault is.

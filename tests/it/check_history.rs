@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::support::{
     Node, PATIENCE,
     http::{blockable, echo},
-    node, wait_for,
+    node, postgres, wait_for,
 };
 
 /// A log, written as a client would, with the turns it was really told.
@@ -115,6 +115,27 @@ async fn kept_promises_are_found_kept_by_a_node_and_in_its_folder() {
             _ => {}
         }
     }
+}
+
+#[tokio::test]
+async fn a_configuration_names_the_store_that_is_read() {
+    let url = postgres::shared().database().await;
+    let config = format!("[store]\nbackend = \"postgres\"\n[store.postgres]\nurl = \"{url}\"");
+    let node = Node::builder().config(&config).start().await;
+    node.client().put_instance("lamp", &echo()).await;
+    let mut ann = Client::new("ann");
+    for _ in 0..3 {
+        ann.says(&node, "lamp").await;
+    }
+    let waiting = ann.sends("lamp");
+    let claim = json!({"e": "answer", "instance": "lamp", "id": waiting, "what": "accepted"});
+    let (log, file) = (ann.write(node.home()), node.home().join("sophont.toml"));
+    let (output, verdict) = check(&[&log], &["--config", file.to_str().unwrap()]).await;
+    assert_found(&output, &verdict, &[]);
+    assert_eq!((&verdict["acked"], &verdict["turns"]), (&3.into(), &3.into()), "{verdict:#}");
+    ann.line(&claim);
+    let (output, verdict) = check(&[&ann.write(node.home())], &["--config", file.to_str().unwrap()]).await;
+    assert_found(&output, &verdict, &["lost"]);
 }
 
 #[tokio::test]

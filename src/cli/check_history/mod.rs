@@ -17,14 +17,18 @@ use clap::Args;
 use futures_util::{StreamExt, TryStreamExt, stream};
 
 use super::{
-    Failure,
+    Failure, SettingsArgs,
     door::{self, Door, DoorArgs},
     out,
 };
 use crate::{
-    config::{self, Sources},
+    config::Backend,
     runtime::clock::Clock,
-    store::{self, Store, sqlite},
+    store::{
+        self, Store,
+        postgres::PostgresStore,
+        sqlite::{self, SqliteStore},
+    },
     types::{Fault, Kind, TenantId},
 };
 use check::{Breach, Verdict};
@@ -52,8 +56,11 @@ pub struct CheckArgs {
     /// Read the store in this data folder in place of asking a node. The folder is copied, never changed; a node may run.
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
-    /// Whose instances, with --data-dir.
-    #[arg(long, default_value = "default", requires = "data_dir")]
+    /// Read the store that a node's configuration file names, SQLite or PostgreSQL.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["url", "data_dir"])]
+    config: Option<PathBuf>,
+    /// Whose instances, with --data-dir or --config.
+    #[arg(long, value_name = "TENANT", default_value = "default")]
     tenant: String,
     /// Environment variable that holds the token; `SOPHONT_TOKEN` is used when it is set and none is named.
     #[arg(long, value_name = "VAR")]
@@ -97,12 +104,11 @@ impl Fault for Error {
 pub fn run(args: &CheckArgs) -> Result<ExitCode, Failure> {
     let log = read(&args.logs).map_err(|error| Failure::of(&error))?;
     let runtime = door::runtime()?;
-    let mut verdict = match &args.data_dir {
-        None => {
-            let truths = nodes(args)?;
-            runtime.block_on(judge(&log, &truths)).map_err(|error| Failure::of(&error))?
-        }
-        Some(folder) => runtime.block_on(judge_folder(&log, folder, &args.tenant))?,
+    let mut verdict = if args.data_dir.is_some() || args.config.is_some() {
+        runtime.block_on(judge_store(&log, args))?
+    } else {
+        let truths = nodes(args)?;
+        runtime.block_on(judge(&log, &truths)).map_err(|error| Failure::of(&error))?
     };
     quote(&mut verdict, &log).map_err(|error| Failure::of(&error))?;
     if args.json {
@@ -160,16 +166,33 @@ pub async fn judge(log: &Log, truths: &[Truth]) -> Result<Verdict, truth::Error>
         .await
 }
 
-/// Judges by a copy of a data folder's store.
-async fn judge_folder(log: &Log, folder: &Path, tenant: &str) -> Result<Verdict, Failure> {
+/// Judges by the store itself: a copy of it, or the database that nodes share.
+async fn judge_store(log: &Log, args: &CheckArgs) -> Result<Verdict, Failure> {
+    let settings =
+        SettingsArgs { config: args.config.clone(), data_dir: args.data_dir.clone(), ..SettingsArgs::default() };
+    let config = settings.load()?.config;
+    let tenant = &args.tenant;
     let tenant = TenantId::new(tenant).map_err(|error| Failure::new(format!("'{tenant}' is no tenant: {error}")))?;
-    let copy = Copy::of(folder).map_err(|error| Failure::of(&error))?;
-    let settings = config::load(&Sources::default())?.config.store;
-    let opened = sqlite::SqliteStore::open(&copy.0, &settings, Clock::System);
-    let store: Arc<dyn Store> = opened.map_err(|error| Failure::of(&error))?;
-    let truth = Truth::Store(store.clone(), tenant);
-    let verdict = judge(log, &[truth]).await;
-    store.close();
+    let fault = |error: store::Error| Failure::of(&error);
+    let backend = if args.data_dir.is_some() { Backend::Sqlite } else { config.store.backend };
+    // Removed when it was read.
+    let mut _copy = None;
+    let store: Arc<dyn Store> = match backend {
+        Backend::Sqlite => {
+            let copy = _copy.insert(Copy::of(&config.node.data_dir).map_err(fault)?);
+            SqliteStore::open(&copy.0, &config.store, Clock::System).map_err(fault)?
+        }
+        Backend::Postgres => {
+            let handle = tokio::runtime::Handle::current();
+            PostgresStore::open(&config.store, config.cluster.shards, Clock::System, handle).await.map_err(fault)?
+        }
+        Backend::Memory => {
+            return Err(Failure::new("a store in memory is gone with its node: ask the node with --url"));
+        }
+    };
+    let verdict = judge(log, &[Truth::Store(store.clone(), tenant)]).await;
+    // Closing waits for threads, or for tasks of this very runtime.
+    let _ = tokio::task::spawn_blocking(move || store.close()).await;
     verdict.map_err(|error| Failure::of(&error))
 }
 

@@ -189,7 +189,7 @@ impl Node {
         let stdout = File::create(home.join("stdout.log")).expect("a file for standard output");
         let stderr = OpenOptions::new().create(true).append(true).open(home.join("stderr.log"));
         self.started = Instant::now();
-        let child = Command::new(env!("CARGO_BIN_EXE_sophont"))
+        let child = Command::new(program())
             .arg("serve")
             .arg("--config")
             .arg(&config)
@@ -313,6 +313,12 @@ impl Drop for Node {
     }
 }
 
+/// The program under test: the one that was built with the tests, or another (`SOPHONT_TEST_PROGRAM`), to measure a release
+/// build or to judge an older one.
+pub fn program() -> PathBuf {
+    std::env::var_os("SOPHONT_TEST_PROGRAM").map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_sophont")), PathBuf::from)
+}
+
 fn address(stdout: &str, before: &str) -> Option<SocketAddr> {
     stdout.lines().find_map(|line| line.trim().strip_prefix(before)?.trim().parse().ok())
 }
@@ -322,8 +328,7 @@ fn address(stdout: &str, before: &str) -> Option<SocketAddr> {
 /// # Panics
 /// When it does not end by the deadline.
 pub async fn run(arguments: &[&str]) -> std::process::Output {
-    let child =
-        Command::new(env!("CARGO_BIN_EXE_sophont")).args(arguments).stdin(Stdio::null()).kill_on_drop(true).output();
+    let child = Command::new(program()).args(arguments).stdin(Stdio::null()).kill_on_drop(true).output();
     let ended = tokio::time::timeout(PATIENCE, child).await;
     ended.unwrap_or_else(|_| panic!("sophont {arguments:?} did not end")).expect("sophont runs")
 }

@@ -163,7 +163,10 @@ impl Device {
             }
             0x80 | 0x83 | 0x97 => {
                 self.book.answered(&self.instance, &waiting.id, What::Refused, None, None);
-                self.again.push_back(waiting.id);
+                // Refused is not the same as not taken, and without an id a new publish is a new stimulus.
+                if self.names_ids {
+                    self.again.push_back(waiting.id);
+                }
             }
             _ => panic!("device {} was refused with {reason:#x}", self.sender),
         }
