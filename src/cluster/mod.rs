@@ -8,6 +8,7 @@ use crate::types::Protocol;
 
 pub mod bus;
 pub mod calls;
+pub mod forward;
 pub mod lease;
 pub mod membership;
 pub mod operations;

@@ -10,8 +10,12 @@ use std::{
 
 use secrecy::ExposeSecret;
 
-use super::{Auth, Backend, Cognition, Config, Delivery, Mqtt, MqttMode, PostgresTls, Store};
-use crate::types::{InstanceId, limits::MAX_ID_BYTES, profile::EngineName};
+use super::{Auth, Backend, Cognition, Config, Delivery, Mqtt, MqttMode, PostgresTls, Redis, Store};
+use crate::types::{
+    InstanceId,
+    limits::{MAX_BUS_MESSAGE_BYTES, MAX_ID_BYTES},
+    profile::EngineName,
+};
 
 /// A value that makes no sense.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,6 +60,7 @@ pub(super) fn check(config: &Config, has_env: &dyn Fn(&str) -> bool) -> Vec<Foun
     names(config, &mut found);
     mqtt(&config.mqtt, has_env, &mut found);
     store(&config.store, has_env, &mut found);
+    redis(&config.redis, has_env, &mut found);
     cognition(&config.cognition, has_env, &mut found);
     delivery(&config.delivery, &mut found);
     auth(&config.auth, has_env, &mut found);
@@ -217,6 +222,26 @@ fn mqtt(mqtt: &Mqtt, has_env: &dyn Fn(&str) -> bool, found: &mut Findings) {
         let hint = "use username, and password_env for the name of a variable that holds the password";
         found.add_with_hint(&["mqtt", "url"], "an address must not carry credentials", hint);
     }
+}
+
+fn redis(redis: &Redis, has_env: &dyn Fn(&str) -> bool, found: &mut Findings) {
+    let Redis { url, prefix, .. } = redis;
+    if !(url.is_empty() || url.starts_with("redis://") || url.starts_with("rediss://")) {
+        found.add(&["redis", "url"], "an address begins with redis:// or rediss://");
+    }
+    if has_credentials(url) {
+        let hint = "use url_env for the name of a variable that holds the whole address";
+        found.add_with_hint(&["redis", "url"], "an address must not carry credentials", hint);
+    }
+    variable(&["redis", "url_env"], &redis.url_env, has_env, found);
+    if prefix.is_empty() || prefix.len() > 64 || prefix.chars().any(|c| c.is_whitespace() || c.is_control()) {
+        found.add(&["redis", "prefix"], "a prefix has 1 to 64 characters and no spaces");
+    }
+    found.range(&["redis", "timeout_ms"], redis.timeout_ms, 50..=60_000);
+    found.range(&["redis", "answer_ms"], redis.answer_ms, 50..=60_000);
+    found.range(&["redis", "max_queue"], redis.max_queue, 1..=10_000_000);
+    found.range(&["redis", "max_queue_mb"], redis.max_queue_mb, MAX_BUS_MESSAGE_BYTES / (1024 * 1024) + 1..=65_536);
+    found.range(&["redis", "mailbox_entries"], redis.mailbox_entries, 100..=10_000_000);
 }
 
 fn cognition(cognition: &Cognition, has_env: &dyn Fn(&str) -> bool, found: &mut Findings) {

@@ -36,6 +36,8 @@ pub struct Config {
     pub store: Store,
     /// Shards.
     pub cluster: Cluster,
+    /// The bus between nodes.
+    pub redis: Redis,
     /// Scale.
     pub scaling: Scaling,
     /// Instances.
@@ -277,6 +279,38 @@ pub struct Cluster {
     pub lease_seconds: u64,
     /// Most shards on the move at once.
     pub max_moves: usize,
+}
+
+/// `[redis]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Redis {
+    /// Server of the bus between nodes, `redis://` or `rediss://`; none when empty.
+    pub url: String,
+    /// Environment variable that holds the whole address; goes before `url`.
+    pub url_env: String,
+    /// PEM file with the CA of the server; the system's roots when absent.
+    #[serde(default)]
+    pub ca_file: Option<PathBuf>,
+    /// What all keys begin with.
+    pub prefix: String,
+    /// Longest wait for a connection or an answer of the server, in milliseconds.
+    pub timeout_ms: u64,
+    /// How long another node may take to answer for forwarded stimuli, in milliseconds.
+    pub answer_ms: u64,
+    /// Most messages waiting to be sent.
+    pub max_queue: usize,
+    /// Most bytes of them, in MiB.
+    pub max_queue_mb: usize,
+    /// Most entries the server keeps for a node that is behind.
+    pub mailbox_entries: usize,
+}
+
+impl Redis {
+    /// Whether there is no bus.
+    pub const fn is_off(&self) -> bool {
+        self.url.is_empty() && self.url_env.is_empty()
+    }
 }
 
 /// `[scaling]`

@@ -123,6 +123,12 @@ metrics! {
     CLUSTER_SHARDS_HANDED = Counter "sophont_cluster_handed_shards_total";
     /// Shards this node lost: taken by others, or closed because the lease was not renewed in time.
     CLUSTER_SHARDS_LOST = Counter "sophont_cluster_lost_shards_total";
+    /// Stimuli for instances of other nodes, by way (`sent`, `lodged`); one may go both ways.
+    FORWARDED = Counter "sophont_cluster_forwarded_stimuli_total";
+    /// Stimuli on their way to other nodes and not durable yet.
+    FORWARDING = Gauge "sophont_cluster_forwarding_stimuli";
+    /// Stimuli that other nodes forwarded here, by result (`taken`, `not_mine`, `late`).
+    SERVED = Counter "sophont_cluster_served_stimuli_total";
 }
 
 #[cfg(test)]

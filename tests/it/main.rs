@@ -14,6 +14,7 @@ mod cluster_calls;
 mod config;
 mod crash;
 mod delivery;
+mod forward;
 mod hostile;
 mod http;
 mod instance;

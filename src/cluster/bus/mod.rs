@@ -11,11 +11,15 @@
 //!
 //! Tests: at the foot of each file; `tests/it/bus.rs`.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
+use async_trait::async_trait;
 use tokio::sync::mpsc;
 
-use crate::types::{Fault, Kind, NodeId};
+use crate::{
+    config,
+    types::{Fault, Kind, NodeId},
+};
 
 pub mod frame;
 pub mod message;
@@ -78,7 +82,8 @@ pub enum Health {
     Off,
 }
 
-/// The way to other nodes. Every method returns at once and may be called from any thread.
+/// The way to other nodes. Every method but [`Bus::close`] returns at once; all may be called from any thread.
+#[async_trait]
 pub trait Bus: Send + Sync + 'static {
     /// This node's address on the bus.
     fn node(&self) -> &NodeId;
@@ -92,8 +97,32 @@ pub trait Bus: Send + Sync + 'static {
     /// # Errors
     /// [`Error`]: it was not queued.
     fn broadcast(&self, message: &Message) -> Result<(), Error>;
+    /// As [`Bus::send`], for a message whose loss costs only time: whoever waits for it has a deadline.
+    fn hint(&self, to: &NodeId, message: &Message) {
+        let _ = self.send(to, message);
+    }
     /// Whether messages flow at present.
     fn health(&self) -> Health;
+    /// Sends what waits and leaves the bus, within `patience`. Nothing is taken from then on.
+    async fn close(&self, patience: Duration);
+}
+
+/// The bus that is configured, for a node of a cluster. Returns at once, whether the server can be had or not.
+///
+/// # Errors
+/// [`redis::Unusable`] when the address cannot be used.
+pub fn start(
+    config: &config::Redis,
+    cluster: &str,
+    node: NodeId,
+    handle: &tokio::runtime::Handle,
+) -> Result<(Arc<dyn Bus>, Inlet), self::redis::Unusable> {
+    if config.is_off() {
+        let (bus, inlet) = Off::new(node);
+        return Ok((bus, inlet));
+    }
+    let (bus, inlet) = self::redis::RedisBus::start(self::redis::Options::of(config, cluster)?, node, handle)?;
+    Ok((bus, inlet))
 }
 
 /// What arrives from the bus.
@@ -117,7 +146,11 @@ pub enum Inbound {
 
 /// Where messages arrive, one reader. A full inlet holds the bus back; it loses nothing.
 #[derive(Debug)]
-pub struct Inlet(mpsc::Receiver<Inbound>);
+pub struct Inlet {
+    receiver: mpsc::Receiver<Inbound>,
+    /// Of a bus that has none to send.
+    _open: Option<mpsc::Sender<Inbound>>,
+}
 
 /// Messages a reader may be behind before the bus is held back.
 const INLET: usize = 4096;
@@ -126,17 +159,17 @@ impl Inlet {
     /// Both ends.
     pub(crate) fn new() -> (mpsc::Sender<Inbound>, Self) {
         let (sender, receiver) = mpsc::channel(INLET);
-        (sender, Self(receiver))
+        (sender, Self { receiver, _open: None })
     }
 
     /// The next; `None` when the bus is closed. Cancel safe.
     pub async fn next(&mut self) -> Option<Inbound> {
-        self.0.recv().await
+        self.receiver.recv().await
     }
 
     /// The next if there is one already.
     pub fn try_next(&mut self) -> Option<Inbound> {
-        self.0.try_recv().ok()
+        self.receiver.try_recv().ok()
     }
 }
 
@@ -147,10 +180,12 @@ pub struct Off(NodeId);
 impl Off {
     /// No bus, and an inlet that stays empty.
     pub fn new(node: NodeId) -> (Arc<Self>, Inlet) {
-        (Arc::new(Self(node)), Inlet::new().1)
+        let (sender, inlet) = Inlet::new();
+        (Arc::new(Self(node)), Inlet { _open: Some(sender), ..inlet })
     }
 }
 
+#[async_trait]
 impl Bus for Off {
     fn node(&self) -> &NodeId {
         &self.0
@@ -164,4 +199,5 @@ impl Bus for Off {
     fn health(&self) -> Health {
         Health::Off
     }
+    async fn close(&self, _: Duration) {}
 }

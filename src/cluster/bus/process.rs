@@ -6,8 +6,10 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
+use async_trait::async_trait;
 use tokio::sync::mpsc;
 
 use super::{
@@ -136,6 +138,7 @@ impl Link {
     }
 }
 
+#[async_trait]
 impl Bus for Link {
     fn node(&self) -> &NodeId {
         &self.node
@@ -155,6 +158,10 @@ impl Bus for Link {
 
     fn health(&self) -> Health {
         Health::Up
+    }
+
+    async fn close(&self, _: Duration) {
+        self.network.leave(&self.node);
     }
 }
 

@@ -74,6 +74,8 @@ use route::{Call, Found, Miss};
 pub struct Check {
     /// Its name in the answer.
     pub name: &'static str,
+    /// Whether the node is not ready without it; otherwise it is only shown.
+    pub needed: bool,
     /// Whether it is well; if not, why. Must not block.
     pub probe: Box<dyn Fn() -> Result<(), String> + Send + Sync>,
 }

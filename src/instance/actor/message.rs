@@ -150,7 +150,12 @@ impl Handler<Revive> for InstanceActor {
 impl Handler<Wake> for InstanceActor {
     type Result = ();
     fn handle(&mut self, _: Wake, ctx: &mut Context<Self>) {
-        self.ensure_active(ctx);
+        match self.phase {
+            Phase::Active if self.agenda.is_none() => self.reload(ctx),
+            // What is being loaded or was, may have been read before something was lodged.
+            Phase::Active | Phase::Activating => self.agenda().look = true,
+            Phase::Cold | Phase::Fenced => self.ensure_active(ctx),
+        }
     }
 }
 

@@ -69,6 +69,8 @@ struct Agenda {
     thinking: Option<Thinking>,
     /// A stimulus failed and waits before it is tried again; nothing overtakes it.
     pausing: bool,
+    /// Something may have come into the store's inbox: look there before nothing is left to do.
+    look: bool,
     _busy: BusyToken,
 }
 
@@ -186,6 +188,7 @@ impl InstanceActor {
                 out: None,
                 thinking: None,
                 pausing: false,
+                look: false,
                 _busy: busy.enter(),
             })
         })
@@ -317,7 +320,11 @@ impl InstanceActor {
             return;
         }
         if agenda.inbox.is_empty() {
+            let look = agenda.look;
             self.agenda = None;
+            if look {
+                self.reload(ctx);
+            }
             return;
         }
         self.decide(ctx);

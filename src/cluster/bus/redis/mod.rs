@@ -19,12 +19,13 @@ use std::{
     time::Duration,
 };
 
+use async_trait::async_trait;
 use secrecy::{ExposeSecret, SecretString};
 use tokio::sync::mpsc;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{Bus, Error, Health, Inbound, Inlet, Message, frame};
-use crate::{telemetry::metric, types::NodeId};
+use crate::{config, telemetry::metric, types::NodeId};
 
 mod order;
 mod reader;
@@ -51,8 +52,31 @@ pub struct Options {
 
 /// The address cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("redis.url cannot be used: {0}")]
+#[error("the address of Redis cannot be used: {0}")]
 pub struct Unusable(String);
+
+impl Options {
+    /// Those of the settings, for the nodes of one cluster.
+    ///
+    /// # Errors
+    /// [`Unusable`] when the variable that holds the address is not set, or the CA cannot be read.
+    pub fn of(config: &config::Redis, cluster: &str) -> Result<Self, Unusable> {
+        let url = match config.url_env.as_str() {
+            "" => config.url.clone(),
+            name => std::env::var(name).map_err(|_| Unusable(format!("the environment variable {name} is not set")))?,
+        };
+        let unreadable = |error| Unusable(format!("redis.ca_file: {error}"));
+        Ok(Self {
+            url: url.into(),
+            ca: config.ca_file.as_ref().map(std::fs::read).transpose().map_err(unreadable)?,
+            keys: format!("{}:{cluster}", config.prefix),
+            timeout: Duration::from_millis(config.timeout_ms),
+            max_queue: config.max_queue,
+            max_queue_bytes: config.max_queue_mb * 1024 * 1024,
+            mailbox_entries: config.mailbox_entries,
+        })
+    }
+}
 
 /// How long a mailbox nobody reads is kept, in seconds.
 const MAILBOX_SECONDS: u64 = 60;
@@ -140,15 +164,6 @@ impl RedisBus {
         Ok((Arc::new(Self { shared, queue, tasks }), receiver))
     }
 
-    /// Sends what waits, removes the mailbox and ends, within `patience`. Nothing is taken from then on.
-    pub async fn close(&self, patience: Duration) {
-        self.shared.up.store(false, Ordering::Release);
-        self.shared.closing.cancel();
-        if tokio::time::timeout(patience, self.tasks.wait()).await.is_err() {
-            tracing::warn!("the bus did not close in time; its mailbox expires by itself");
-        }
-    }
-
     fn queue(&self, to: Option<&NodeId>, message: &Message) -> Result<(), Error> {
         let shared = &self.shared;
         let refused = |error: Error| {
@@ -182,6 +197,7 @@ impl Drop for RedisBus {
     }
 }
 
+#[async_trait]
 impl Bus for RedisBus {
     fn node(&self) -> &NodeId {
         &self.shared.node
@@ -197,6 +213,13 @@ impl Bus for RedisBus {
         match (&state.writer, &state.reader) {
             (Ok(()), Ok(())) => Health::Up,
             (Err(reason), _) | (_, Err(reason)) => Health::Down(reason.clone()),
+        }
+    }
+    async fn close(&self, patience: Duration) {
+        self.shared.up.store(false, Ordering::Release);
+        self.shared.closing.cancel();
+        if tokio::time::timeout(patience, self.tasks.wait()).await.is_err() {
+            tracing::warn!("the bus did not close in time; its mailbox expires by itself");
         }
     }
 }

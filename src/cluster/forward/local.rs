@@ -1,0 +1,99 @@
+//! The instances of this node, as forwarding reaches them: the shards, and whoever wants to hear the rest.
+//!
+//! Not here: what a shard does. Tests: `tests/it/forward.rs`.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use tokio::sync::oneshot;
+
+use super::{Delivery, Here};
+use crate::{
+    cluster::{
+        bus::{
+            Message,
+            message::{Question, Told},
+        },
+        shard::What,
+        shards::Shards,
+    },
+    instance::{Error, environment::Environment},
+    types::{InstanceKey, NodeId, Profile},
+};
+
+/// Longest wait for an instance of this node; whoever asked has a deadline of its own.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What is told of messages that are neither work nor questions.
+pub type News = Box<dyn Fn(NodeId, Message) + Send + Sync>;
+
+/// The instances of this node.
+pub struct Local {
+    shards: Shards,
+    environment: Arc<Environment>,
+    news: News,
+}
+
+impl Local {
+    /// Those of the shards; `news` takes the messages that are not for an instance, and must not block.
+    pub fn new(shards: Shards, environment: Arc<Environment>, news: News) -> Self {
+        Self { shards, environment, news }
+    }
+
+    async fn told<T>(
+        &self,
+        key: &InstanceKey,
+        what: impl FnOnce(oneshot::Sender<Result<T, Error>>) -> What,
+    ) -> Result<T, Error> {
+        let (answer, receiver) = oneshot::channel();
+        self.shards.tell(key, what(answer)).map_err(|_| Error::Fenced)?;
+        match tokio::time::timeout(PATIENCE, receiver).await {
+            Err(_) => Err(Error::Timeout(PATIENCE)),
+            Ok(Err(_)) => Err(Error::Overloaded("the instance's mailbox is full")),
+            Ok(Ok(end)) => end,
+        }
+    }
+}
+
+#[async_trait]
+impl Here for Local {
+    fn deliver(&self, key: &InstanceKey, delivery: Delivery) -> Result<(), Box<Delivery>> {
+        let Delivery { stimulus, expected, waiter } = delivery;
+        match self.shards.tell(key, What::Deliver(stimulus, expected, waiter)) {
+            Err(What::Deliver(stimulus, expected, waiter)) => Err(Box::new(Delivery { stimulus, expected, waiter })),
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    fn wake(&self, key: &InstanceKey) {
+        // A shard that is not here any more is woken by its next owner's scan.
+        drop(self.shards.tell(key, What::Wake));
+    }
+
+    async fn ask(&self, key: &InstanceKey, question: Question) -> Result<Told, Error> {
+        match question {
+            Question::PutProfile(json) => {
+                let profile: Profile =
+                    serde_json::from_str(json.get()).map_err(|error| Error::Invalid(error.to_string()))?;
+                let mind = self.environment.minds.of(&Arc::new(profile))?;
+                let created = self.told(key, |answer| What::PutProfile(mind, answer)).await?;
+                Ok(Told::Stored { created })
+            }
+            Question::Forget => self.told(key, What::Forget).await.map(|()| Told::Done),
+            Question::Revive(stimulus) => {
+                self.told(key, |answer| What::Revive(stimulus, answer)).await.map(|()| Told::Done)
+            }
+            Question::Observe => {
+                let (answer, observed) = oneshot::channel();
+                self.shards.tell(key, What::Observe(answer)).map_err(|_| Error::Fenced)?;
+                let observed = observed.await.ok().flatten();
+                let inbox = observed.map_or(0, |observed| observed.inbox as u64);
+                Ok(Told::Presence { active: observed.is_some(), inbox })
+            }
+        }
+    }
+
+    fn hear(&self, from: NodeId, message: Message) {
+        (self.news)(from, message);
+    }
+}
