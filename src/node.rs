@@ -14,7 +14,11 @@ use actix_rt::Arbiter;
 use async_trait::async_trait;
 
 use crate::{
-    cluster::{self, Operations, Router, shards::Shards},
+    cluster::{
+        Router,
+        member::{self, Member},
+        shards::Shards,
+    },
     config::{Backend, Config, MqttMode},
     delivery::{Acceptor, Courier, Publisher},
     gateway::{
@@ -30,12 +34,12 @@ use crate::{
     store::{
         self, Store,
         memory::MemoryStore,
-        ownership::{Alone, Claim, Joining, Ownership},
+        ownership::{Alone, Ownership},
         postgres::{self, PostgresStore},
         sqlite::{Options, SqliteStore},
     },
     telemetry::prometheus,
-    types::{Fault, InstanceKey, Kind, NodeId, Roles, Stimulus},
+    types::{Fault, InstanceKey, Kind, Stimulus},
 };
 
 /// Why a node cannot start.
@@ -109,6 +113,7 @@ pub struct Node {
     /// Where MQTT over TLS listens, when configured.
     pub mqtts: Option<SocketAddr>,
     router: Router,
+    member: Member,
     drain: Drain,
     server: http::ServerHandle,
     door: Door,
@@ -207,8 +212,19 @@ impl Node {
         let handles = arbiters.iter().map(Arbiter::handle).collect();
         let environment = Arc::new(environment);
         let shards = Shards::new(environment.clone(), config.cluster.shards, handles);
-        let router = Router::new(environment, shards.clone());
-        let operations = join_alone(config, &shards, ownership).await?;
+        let member = Member::start(member::Parts {
+            config,
+            addresses: addresses(config, http, mqtt),
+            ownership,
+            store: store.clone(),
+            environment: environment.clone(),
+            shards: shards.clone(),
+            drain: drain.clone(),
+            handle: edge.handle.clone(),
+        })
+        .await
+        .map_err(part)?;
+        let router = Router::new(environment, shards, Some(member.clone()));
 
         let door = match config.mqtt.mode {
             MqttMode::Off => Door::Off,
@@ -244,7 +260,7 @@ impl Node {
         };
         let courier = Courier::start(crate::delivery::Parts {
             store: store.clone(),
-            scope: store::Scope::all(),
+            scope: member.scope().borrow().clone(),
             publisher,
             acceptor: Arc::new(Local(router.clone())),
             config: config.delivery.clone(),
@@ -253,6 +269,7 @@ impl Node {
             handle: edge.handle.clone(),
         })
         .map_err(part)?;
+        edge.handle.spawn(Courier::follow(courier.scope(), member.scope()));
         edge.handle.spawn(scan(
             router.clone(),
             drain.clone(),
@@ -261,13 +278,13 @@ impl Node {
 
         let parts = http::Parts {
             router: router.clone(),
-            operations,
+            operations: member.operations().clone(),
             auth: auth.clone(),
             config: config.http.clone(),
             clock,
             node: Arc::from(config.node.name()),
             metrics: Arc::new(prometheus::render),
-            checks: Vec::new(),
+            checks: member_checks(&member),
             extra: match &door {
                 Door::Embedded(broker) => http::websocket::route(broker.clone(), auth),
                 Door::External(_) | Door::Off => Arc::new(|_| ()),
@@ -283,6 +300,7 @@ impl Node {
             mqtt,
             mqtts,
             router,
+            member,
             drain,
             server: handle,
             door,
@@ -302,7 +320,9 @@ impl Node {
         let began = std::time::Instant::now();
         let left = || self.patience.saturating_sub(began.elapsed());
         self.drain.leave();
-        tokio::time::sleep(self.leave.min(left())).await;
+        let (handed_off, ()) =
+            tokio::join!(self.member.membership().drain(left() / 2), tokio::time::sleep(self.leave.min(left())),);
+        tracing::debug!(handed_off, "this node's shards");
         self.drain.begin();
         let _ = tokio::time::timeout(left(), self.server.stop(true)).await;
         if let Door::Embedded(broker) = &self.door {
@@ -312,10 +332,12 @@ impl Node {
         if tokio::time::timeout(left(), self.router.idle()).await.is_err() {
             tracing::warn!(instances = self.router.busy(), "work in hand is left for the next start");
         }
+        self.member.idle(left()).await;
         self.courier.finish(left().max(Duration::from_millis(200))).await;
         if let Door::External(link) = &self.door {
             link.close(left().max(Duration::from_millis(200))).await;
         }
+        self.member.leave(left().max(Duration::from_millis(200))).await;
         self.drain.stop();
         for arbiter in &self.arbiters {
             arbiter.stop();
@@ -334,24 +356,24 @@ impl Node {
     }
 }
 
-/// The node joins and takes every shard that is free: all of them, where it shares its store with nobody.
-async fn join_alone(config: &Config, shards: &Shards, ownership: Arc<dyn Ownership>) -> Result<Operations, Error> {
-    let joining = Joining {
-        node: NodeId::generate(&config.node.name()),
-        cluster: String::from("sophont"),
-        shards: shards.count(),
-        addresses: vec![format!("http={}", config.http.listen)],
-        roles: Roles::default(),
-        weight: 100,
-        protocol: cluster::PROTOCOL,
-        lease: Duration::from_secs(3),
-    };
-    let view = ownership.join(&joining).await.map_err(part)?;
-    let claims: Vec<_> = view.shards.iter().map(|row| Claim { shard: row.shard, epoch: row.epoch }).collect();
-    for fence in ownership.take(&joining.node, &claims).await.map_err(part)? {
-        shards.open(fence.shard, fence.epoch, None).await.map_err(part)?;
+/// Where other nodes and operators reach this one.
+fn addresses(config: &Config, http: SocketAddr, mqtt: Option<SocketAddr>) -> Vec<String> {
+    let door = |name: &str, address: SocketAddr| format!("{name}={address}");
+    let mut addresses = vec![door("http", http)];
+    addresses.extend(mqtt.map(|address| door("mqtt", address)));
+    if config.mqtt.mode == MqttMode::External {
+        addresses.push(format!("broker={}", config.mqtt.url));
     }
-    Ok(Operations::new(ownership, joining.node))
+    addresses
+}
+
+/// What readiness says about the cluster: a node that is no member cannot serve; without a bus it can.
+fn member_checks(member: &Member) -> Vec<http::Check> {
+    let (one, other) = (member.clone(), member.clone());
+    vec![
+        http::Check { name: "membership", needed: true, probe: Box::new(move || one.is_member()) },
+        http::Check { name: "bus", needed: false, probe: Box::new(move || other.has_bus()) },
+    ]
 }
 
 /// A store, and who keeps account of its shards' owners.

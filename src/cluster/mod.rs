@@ -10,6 +10,7 @@ pub mod bus;
 pub mod calls;
 pub mod forward;
 pub mod lease;
+pub mod member;
 pub mod membership;
 pub mod operations;
 pub mod placement;

@@ -1,7 +1,9 @@
-//! The router: instance -> shard -> arbiter, from an immutable table, without a lock.
+//! The router: instance -> shard -> arbiter, or another node, from an immutable table, without a lock.
 //!
-//! Not here: shards' residents (`shard`), ownership between nodes.
-//! Invariants: everything about one instance passes through one shard actor on one thread, in the order of the calls.
+//! Not here: shards' residents (`shard`), who owns what (`membership`), the way to other nodes (`forward`).
+//! Invariants: everything about one instance passes through one shard actor on one thread, in the order of the calls; what
+//! a sender sent here is not overtaken by what it sends later, though the shard comes or goes between.
+//! Tests: `tests/it/turn.rs`, `tests/it/cluster.rs`.
 
 use std::{
     sync::{
@@ -13,23 +15,26 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use super::{shard::What, shards::Shards};
+use super::{
+    bus::message::{Question, Told},
+    member::{self, Member},
+    shard::What,
+    shards::Shards,
+};
 use crate::{
     instance::{
         Error, Receipt, Until,
         environment::Environment,
         events::Hub,
-        inbox::{Line, Waiter},
+        inbox::{Line, Waiter, Waiting},
         turn::PATCH_CHANNEL,
     },
     store::{Scope, Store},
-    types::{InstanceKey, Profile, StateSnapshot, Stimulus, StimulusId},
+    types::{InstanceKey, Profile, RawJson, StateSnapshot, Stimulus, StimulusId},
 };
 
 /// Longest wait for a change of an instance itself (profile, forget, revive).
 const CONTROL_DEADLINE: Duration = Duration::from_secs(30);
-/// Instances woken by one page of the scan.
-const SCAN_PAGE: usize = 256;
 
 /// How an instance lives at present.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -47,13 +52,18 @@ pub struct Router(Arc<Inner>);
 struct Inner {
     environment: Arc<Environment>,
     shards: Shards,
+    /// None where there are only the shards that are here.
+    member: Option<Member>,
+    /// Whether anything was ever forwarded: until then nothing can be overtaken.
+    forwards: AtomicBool,
     draining: AtomicBool,
 }
 
 impl Router {
-    /// Over the shards of this node.
-    pub fn new(environment: Arc<Environment>, shards: Shards) -> Self {
-        Self(Arc::new(Inner { environment, shards, draining: AtomicBool::new(false) }))
+    /// Over the shards of this node; what is not here goes the way of the member, if there is one.
+    pub fn new(environment: Arc<Environment>, shards: Shards, member: Option<Member>) -> Self {
+        let (forwards, draining) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self(Arc::new(Inner { environment, shards, member, forwards, draining }))
     }
 
     /// Delivers a stimulus to its instance, activating it if need be, and waits as long as `until` says.
@@ -109,7 +119,20 @@ impl Router {
             waiter.tell(Err(Error::Draining));
             return Err(Error::Draining);
         }
-        self.tell(key, What::Deliver(stimulus, expected, waiter));
+        if let Some(member) = self.0.member.as_ref().filter(|_| self.0.forwards.load(Ordering::Acquire))
+            && member.forwarder().holds(key, stimulus.sender.as_deref())
+        {
+            member.forwarder().forward(key, Waiting::arrived(stimulus, expected, waiter));
+            return Ok(receiver);
+        }
+        match (self.0.shards.tell(key, What::Deliver(stimulus, expected, waiter)), &self.0.member) {
+            (Ok(()), _) => {}
+            (Err(What::Deliver(stimulus, expected, waiter)), Some(member)) => {
+                self.0.forwards.store(true, Ordering::Release);
+                member.forwarder().forward(key, Waiting::arrived(stimulus, expected, waiter));
+            }
+            (Err(what), _) => what.refuse(Error::Fenced),
+        }
         Ok(receiver)
     }
 
@@ -136,8 +159,19 @@ impl Router {
     /// # Errors
     /// [`Error::Invalid`] when a rule or setting is wrong, with where.
     pub async fn put_profile(&self, key: &InstanceKey, profile: Profile) -> Result<bool, Error> {
-        let mind = self.0.environment.minds.of(&Arc::new(profile))?;
-        self.control(key, |answer| What::PutProfile(mind, answer)).await
+        let profile = Arc::new(profile);
+        let mind = self.0.environment.minds.of(&profile)?;
+        match self.control(key, |answer| What::PutProfile(mind, answer)).await {
+            Err(Error::Fenced) => {
+                let json = serde_json::to_string(&*profile).map_err(|error| Error::Invalid(error.to_string()))?;
+                let json = RawJson::parse(&json).map_err(|error| Error::Invalid(error.to_string()))?;
+                match self.ask(key, Question::PutProfile(json)).await? {
+                    Told::Stored { created } => Ok(created),
+                    _ => Err(Error::Crashed),
+                }
+            }
+            end => end,
+        }
     }
 
     /// Forgets an instance.
@@ -145,7 +179,10 @@ impl Router {
     /// # Errors
     /// [`Error::NotFound`] when there is none.
     pub async fn forget(&self, key: &InstanceKey) -> Result<(), Error> {
-        self.control(key, What::Forget).await
+        match self.control(key, What::Forget).await {
+            Err(Error::Fenced) => self.ask(key, Question::Forget).await.map(drop),
+            end => end,
+        }
     }
 
     /// Puts a dead letter back into the inbox.
@@ -153,8 +190,11 @@ impl Router {
     /// # Errors
     /// [`Error::NoDeadLetter`].
     pub async fn revive(&self, key: &InstanceKey, stimulus: &StimulusId) -> Result<(), Error> {
-        let stimulus = stimulus.clone();
-        self.control(key, |answer| What::Revive(stimulus, answer)).await
+        let id = stimulus.clone();
+        match self.control(key, |answer| What::Revive(id, answer)).await {
+            Err(Error::Fenced) => self.ask(key, Question::Revive(stimulus.clone())).await.map(drop),
+            end => end,
+        }
     }
 
     /// The committed state; `None` when there is no such instance. From the read cache where this node alone changes the
@@ -164,7 +204,8 @@ impl Router {
     /// [`Error::Store`].
     pub async fn state(&self, key: &InstanceKey) -> Result<Option<Arc<StateSnapshot>>, Error> {
         let states = &self.0.environment.states;
-        let served = self.0.shards.serves(key);
+        let trusted = || self.0.member.as_ref().is_none_or(|member| member.membership().serves());
+        let served = self.0.shards.has(key) && trusted();
         if let Some(state) = served.then(|| states.get(key)).flatten() {
             return Ok(Some(state));
         }
@@ -179,11 +220,26 @@ impl Router {
     /// Whether an instance is in memory, and how much waits for it there.
     pub async fn presence(&self, key: &InstanceKey) -> Presence {
         let (answer, observed) = oneshot::channel();
-        self.tell(key, What::Observe(answer));
-        match observed.await {
-            Ok(Some(observed)) => Presence { active: true, inbox: observed.inbox },
-            Ok(None) | Err(_) => Presence::default(),
+        if self.0.shards.tell(key, What::Observe(answer)).is_ok() {
+            return match observed.await {
+                Ok(Some(observed)) => Presence { active: true, inbox: observed.inbox },
+                Ok(None) | Err(_) => Presence::default(),
+            };
         }
+        match self.ask(key, Question::Observe).await {
+            Ok(Told::Presence { active, inbox }) => {
+                Presence { active, inbox: usize::try_from(inbox).unwrap_or(usize::MAX) }
+            }
+            // Whoever wants to know how it lives at present can do without.
+            Ok(_) | Err(_) => Presence::default(),
+        }
+    }
+
+    /// The name of the node that owns an instance; nothing while it changes hands, or where there is only this one.
+    pub fn owner(&self, key: &InstanceKey) -> Option<String> {
+        let table = self.0.member.as_ref()?.membership().table();
+        let route = table.routes.get(self.0.shards.shard_of(key) as usize)?;
+        route.node.as_ref().map(|node| node.name().to_owned())
     }
 
     /// Wakes every instance with stimuli waiting in the store: the scan behind every lost wake, and the resumption after a
@@ -192,19 +248,8 @@ impl Router {
     /// # Errors
     /// [`Error::Store`].
     pub async fn wake_waiting(&self) -> Result<usize, Error> {
-        let mut woken = 0;
-        let mut after = None;
-        loop {
-            let page = self.0.environment.store.waiting(&Scope::all(), after.as_ref(), SCAN_PAGE).await?;
-            for key in &page {
-                self.tell(key, What::Wake);
-            }
-            woken += page.len();
-            match page.into_iter().next_back() {
-                Some(last) if !self.is_draining() => after = Some(last),
-                _ => return Ok(woken),
-            }
-        }
+        let scope = self.0.member.as_ref().map_or_else(Scope::all, |member| member.scope().borrow().clone());
+        Ok(member::wake(&self.0.shards, &*self.0.environment.store, &scope).await?)
     }
 
     /// From here on nothing new is taken.
@@ -242,6 +287,7 @@ impl Router {
         &self.0.environment
     }
 
+    /// Changes an instance of this node; [`Error::Fenced`] when it is not here.
     async fn control<T>(
         &self,
         key: &InstanceKey,
@@ -251,7 +297,7 @@ impl Router {
             return Err(Error::Draining);
         }
         let (answer, receiver) = oneshot::channel();
-        self.tell(key, what(answer));
+        self.0.shards.tell(key, what(answer)).map_err(|_| Error::Fenced)?;
         match tokio::time::timeout(CONTROL_DEADLINE, receiver).await {
             Err(_) => Err(Error::Timeout(CONTROL_DEADLINE)),
             Ok(Err(_)) => Err(Error::Overloaded("the instance's mailbox is full")),
@@ -259,9 +305,9 @@ impl Router {
         }
     }
 
-    fn tell(&self, key: &InstanceKey, what: What) {
-        if let Err(what) = self.0.shards.tell(key, what) {
-            what.refuse(Error::Fenced);
-        }
+    /// Asks whoever owns the instance.
+    async fn ask(&self, key: &InstanceKey, question: Question) -> Result<Told, Error> {
+        let Some(member) = &self.0.member else { return Err(Error::Fenced) };
+        member.forwarder().ask(key, question, CONTROL_DEADLINE).await
     }
 }

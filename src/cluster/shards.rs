@@ -7,11 +7,8 @@
 //! Tests: `tests/it/tenure.rs`, `tests/it/panic.rs`.
 
 use std::{
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::{Duration, Instant},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use actix::prelude::{Actor as _, Addr, SendError};
@@ -26,6 +23,7 @@ use crate::{
         environment::Environment,
         tenure::{Elsewhere, Tenure},
     },
+    store::Fence,
     types::InstanceKey,
 };
 
@@ -40,9 +38,6 @@ struct Inner {
     arbiters: Vec<ArbiterHandle>,
     /// One at a time changes the table.
     changing: Mutex<()>,
-    born: Instant,
-    /// Until when what is held here may be trusted without asking the store, in milliseconds since `born`.
-    trusted: AtomicU64,
 }
 
 /// A shard that lives here.
@@ -56,8 +51,7 @@ impl Shards {
     /// A table of so many shards of which none is here.
     pub fn new(environment: Arc<Environment>, count: u32, arbiters: Vec<ArbiterHandle>) -> Self {
         let table = ArcSwap::from_pointee(vec![None; count as usize]);
-        let (changing, born, trusted) = (Mutex::default(), Instant::now(), AtomicU64::new(u64::MAX));
-        Self(Arc::new(Inner { environment, count, table, arbiters, changing, born, trusted }))
+        Self(Arc::new(Inner { environment, count, table, arbiters, changing: Mutex::default() }))
     }
 
     /// How many shards there are, here or elsewhere.
@@ -75,19 +69,9 @@ impl Shards {
         self.0.table.load().get(shard as usize)?.as_ref().map(|here| here.tenure.epoch)
     }
 
-    /// What is held here may be trusted until then. Without a word about it: for ever.
-    pub fn trust_until(&self, until: Instant) {
-        let ms = until.saturating_duration_since(self.0.born).as_millis();
-        self.0.trusted.store(u64::try_from(ms).unwrap_or(u64::MAX), Ordering::Release);
-    }
-
-    /// Whether this node alone changes the instance at present, so that what it holds of it is what was committed last. A
-    /// node that was stopped for longer than its lease finds that it is not.
-    pub fn serves(&self, key: &InstanceKey) -> bool {
-        let here = |shard: u32| self.0.table.load().get(shard as usize).is_some_and(Option::is_some);
-        let now = || u64::try_from(self.0.born.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let until = self.0.trusted.load(Ordering::Acquire);
-        here(self.shard_of(key)) && (until == u64::MAX || now() < until)
+    /// Whether the instance's shard is here.
+    pub fn has(&self, key: &InstanceKey) -> bool {
+        self.epoch(self.shard_of(key)).is_some()
     }
 
     /// The shards that are here.
@@ -96,14 +80,17 @@ impl Shards {
         (0..).zip(table.iter()).filter(|(_, here)| here.is_some()).map(|(shard, _)| shard).collect()
     }
 
-    /// Opens a shard under an epoch, pinned to an arbiter: shard modulo arbiters.
+    /// Opens a shard under the fence it was taken with, pinned to an arbiter: shard modulo arbiters.
     ///
     /// # Errors
     /// [`Error::Overloaded`] when the arbiter does not answer.
-    pub async fn open(&self, shard: u32, epoch: u64, elsewhere: Option<Arc<dyn Elsewhere>>) -> Result<(), Error> {
+    pub async fn open(&self, fence: Fence, elsewhere: Option<Arc<dyn Elsewhere>>) -> Result<(), Error> {
+        let shard = fence.shard;
         let dead = || Error::Overloaded("an arbiter does not answer");
         let arbiter = self.arbiter(shard).ok_or_else(dead)?;
-        let tenure = Arc::new(Tenure::new(shard, epoch, elsewhere));
+        let tenure = Arc::new(Tenure::new(shard, fence.epoch, elsewhere));
+        // Whatever was lodged before it was taken is found when an instance is loaded.
+        tenure.learn_lodged(fence.lodged);
         let (sender, address) = oneshot::channel();
         let (environment, for_shard) = (self.0.environment.clone(), tenure.clone());
         arbiter.spawn_fn(move || {

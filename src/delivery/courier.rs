@@ -103,7 +103,7 @@ pub struct Courier {
     finish: CancellationToken,
     abort: CancellationToken,
     seen: Arc<Mutex<Observed>>,
-    scope: watch::Sender<Scope>,
+    scope: Arc<watch::Sender<Scope>>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -121,13 +121,26 @@ impl Courier {
         let (scope, wanted) = watch::channel(parts.scope.clone());
         let run = Run::new(parts, webhooks, finish.clone(), seen.clone());
         let task = handle.spawn(run.run(wanted, abort.clone()));
-        Ok(Self { finish, abort, seen, scope, task })
+        Ok(Self { finish, abort, seen, scope: Arc::new(scope), task })
     }
 
     /// From here on the effects of these shards are carried out, from their durable positions, and no others: of a shard
     /// that is lost nothing is written any more, but calls under way end.
     pub fn own(&self, scope: Scope) {
         self.scope.send_replace(scope);
+    }
+
+    /// Keeps what it owns in step with this, for as long as both live.
+    pub async fn follow(scope: std::sync::Weak<watch::Sender<Scope>>, mut owned: watch::Receiver<Scope>) {
+        while owned.changed().await.is_ok() {
+            let Some(scope) = scope.upgrade() else { return };
+            scope.send_replace(owned.borrow_and_update().clone());
+        }
+    }
+
+    /// What [`Courier::follow`] changes.
+    pub fn scope(&self) -> std::sync::Weak<watch::Sender<Scope>> {
+        Arc::downgrade(&self.scope)
     }
 
     /// How far it is.

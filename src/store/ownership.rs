@@ -181,6 +181,11 @@ pub struct Claim {
 /// dropped may or may not have happened; each may be repeated.
 #[async_trait]
 pub trait Ownership: Send + Sync + 'static {
+    /// Whether other processes may take part.
+    fn is_shared(&self) -> bool {
+        true
+    }
+
     /// Makes the node a member; creates the cluster and its shards when it is the first. Sweeps nodes that own nothing and
     /// whose lease has been over for long.
     ///
@@ -406,6 +411,9 @@ impl Alone {
 
 #[async_trait]
 impl Ownership for Alone {
+    fn is_shared(&self) -> bool {
+        false
+    }
     async fn join(&self, joining: &Joining) -> Result<View, Error> {
         self.rows().join(joining, ALWAYS)
     }

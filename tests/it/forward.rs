@@ -127,7 +127,7 @@ impl Cluster {
         let claim = Claim { shard, epoch: row.epoch };
         let fence = self.store.take(&taker.id, &[claim]).await.unwrap().pop().expect("the shard is free");
         let elsewhere = Arc::new(taker.forwarder.clone());
-        taker.shards.open(shard, fence.epoch, Some(elsewhere)).await.unwrap();
+        taker.shards.open(fence, Some(elsewhere)).await.unwrap();
         taker.sees(shard, Some(&taker.id), fence.epoch);
         // Whoever opens a shard looks for what waits.
         let waiting = self.store.waiting(&Scope::of(SHARDS, [shard]), None, 1000).await.unwrap();

@@ -41,9 +41,9 @@ impl House {
         let environment = Arc::new(environment);
         let shards = Shards::new(environment.clone(), 8, handles);
         for shard in 0..8 {
-            shards.open(shard, 0, None).await.unwrap();
+            shards.open(Fence { shard, ..Fence::default() }, None).await.unwrap();
         }
-        let router = Router::new(environment, shards);
+        let router = Router::new(environment, shards, None);
         Self { router, store, arbiters }
     }
 

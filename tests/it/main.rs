@@ -10,6 +10,7 @@ mod activation;
 mod bus;
 mod check_history;
 mod cli;
+mod cluster;
 mod cluster_calls;
 mod config;
 mod crash;

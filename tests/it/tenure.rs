@@ -133,7 +133,7 @@ impl Pair {
             let environment = Arc::new(environment);
             let arbiters: Vec<_> = (0..2).map(|_| Arbiter::new()).collect();
             let shards = Shards::new(environment.clone(), SHARDS, arbiters.iter().map(Arbiter::handle).collect());
-            let router = Router::new(environment, shards.clone());
+            let router = Router::new(environment, shards.clone(), None);
             sides.push(Side { node: joining.node, shards, router, arbiters });
         }
         let sides: [Side; 2] = sides.try_into().ok().unwrap();
@@ -150,7 +150,7 @@ impl Pair {
         let side = &self.sides[side];
         let epoch = self.store.view().await.unwrap().shards[shard as usize].epoch;
         let fences = self.store.take(&side.node, &[Claim { shard, epoch }]).await.unwrap();
-        side.shards.open(shard, fences[0].epoch, Some(self.passage.clone())).await.unwrap();
+        side.shards.open(fences[0], Some(self.passage.clone())).await.unwrap();
         side.router.wake_waiting().await.unwrap();
     }
 
@@ -266,7 +266,7 @@ async fn a_closed_shard_refuses_at_once_where_nobody_takes_over() {
     let key = key(0);
     let shard = pair.sides[0].shards.shard_of(&key);
     pair.sides[0].shards.close(shard, Duration::from_secs(5)).await;
-    assert!(!pair.sides[0].shards.serves(&key));
+    assert!(!pair.sides[0].shards.has(&key));
     let (waiter, end) = Waiter::new(Until::Decided, None);
     let back = pair.sides[0].shards.tell(&key, What::Deliver(stimulus(0), None, waiter)).err().unwrap();
     back.refuse(Error::Fenced);

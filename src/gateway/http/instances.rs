@@ -52,6 +52,7 @@ async fn show(caller: &Caller<'_>, key: &InstanceKey, status: StatusCode) -> Res
         return Err(Refusal::NoInstance.into());
     }
     let presence = caller.shared.router.presence(key).await;
+    let owner = caller.shared.router.owner(key);
     let view = InstanceView {
         id: &key.instance,
         created_at: loaded.created_at,
@@ -59,7 +60,7 @@ async fn show(caller: &Caller<'_>, key: &InstanceKey, status: StatusCode) -> Res
         turn: loaded.head.turn,
         version: loaded.state.version,
         activation: if presence.active { Activation::Active } else { Activation::Cold },
-        node: &caller.shared.node,
+        node: owner.as_deref().unwrap_or(&caller.shared.node),
         inbox: presence.inbox.max(loaded.inbox.len()),
     };
     Ok(respond(status, view::to_json(&view)))

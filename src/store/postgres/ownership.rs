@@ -40,6 +40,8 @@ pub(super) type Sessions = HashMap<NodeId, Session>;
 
 /// A connection that holds a member's lock as long as it lives.
 pub(super) struct Session {
+    /// The lock's number: a new one with each joining.
+    number: i32,
     client: Client,
     task: JoinHandle<()>,
 }
@@ -274,13 +276,13 @@ impl PostgresStore {
     /// Makes sure that this process holds the member's lock.
     async fn hold_session(&self, node: &NodeId, session: i32) -> Result<(), Failure> {
         let mut sessions = self.sessions().await;
-        if sessions.get(node).is_some_and(|session| !session.client.is_closed()) {
+        if sessions.get(node).is_some_and(|held| held.number == session && !held.client.is_closed()) {
             return Ok(());
         }
         sessions.remove(node);
         let (client, task) = self.session_connection().await?;
         client.execute("SELECT pg_advisory_lock($1, $2)", &[&SESSIONS, &session]).await?;
-        sessions.insert(node.clone(), Session { client, task });
+        sessions.insert(node.clone(), Session { number: session, client, task });
         Ok(())
     }
 

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub mod cluster;
 pub mod device;
 pub mod http;
 pub mod load;

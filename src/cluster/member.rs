@@ -1,0 +1,382 @@
+//! A node's part in a cluster, put together: what the membership takes becomes open shards, what is elsewhere is forwarded, and
+//! the others are told.
+//!
+//! Owns: the wiring ([`Member`]), who owns what as forwarding sees it ([`Map`]), opening and closing as the membership wants it
+//! ([`Held`]). Not here: any of the parts. A node that is alone is a member of a cluster of one, on this path.
+//! Tests: `tests/it/cluster.rs`.
+
+use std::{
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+
+use super::{
+    PROTOCOL,
+    bus::{self, Message},
+    forward::{self, Forwarder, Local, Owner, Owners},
+    lease::Terms,
+    membership::{self, Holder, Membership, Standing},
+    operations::Operations,
+    shards::Shards,
+};
+use crate::{
+    config::Config,
+    instance::environment::Environment,
+    runtime::drain::Drain,
+    store::{
+        Fence, Scope, Store,
+        ownership::{self, Joining, Ownership},
+    },
+    types::{InstanceKey, Load, NodeId},
+};
+
+/// Longest wait for the turns of a shard that is handed off. A thought that takes longer is begun again by the next owner.
+const HAND_OFF: Duration = Duration::from_secs(3);
+/// Instances woken by one page of a scan.
+const SCAN_PAGE: usize = 256;
+
+/// How often is looked whether nothing is on its way.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// Why a node cannot take part.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It cannot join.
+    #[error(transparent)]
+    Ownership(#[from] ownership::Error),
+    /// The settings of the bus are wrong.
+    #[error(transparent)]
+    Bus(#[from] bus::redis::Unusable),
+}
+
+/// What a member is made of.
+pub struct Parts<'a> {
+    /// The node's settings.
+    pub config: &'a Config,
+    /// Where the node is reached: `http=HOST:PORT`, `mqtt=HOST:PORT`.
+    pub addresses: Vec<String>,
+    /// The rows that nodes share.
+    pub ownership: Arc<dyn Ownership>,
+    /// The truth.
+    pub store: Arc<dyn Store>,
+    /// What instances share.
+    pub environment: Arc<Environment>,
+    /// The shards, none of them here yet.
+    pub shards: Shards,
+    /// The node's drain.
+    pub drain: Drain,
+    /// Where tasks run.
+    pub handle: tokio::runtime::Handle,
+}
+
+/// A node's part in its cluster. Cheap to clone.
+#[derive(Clone)]
+pub struct Member {
+    membership: Membership,
+    forwarder: Forwarder,
+    operations: Operations,
+    scope: watch::Receiver<Scope>,
+}
+
+impl Member {
+    /// Joins, and returns when this node has what it gets at once: everything, if it is alone.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn start(parts: Parts<'_>) -> Result<Self, Error> {
+        let Parts { config, addresses, ownership, store, environment, shards, drain, handle } = parts;
+        let node = NodeId::generate(&config.node.name());
+        let (bus, inlet) = bus::start(&config.redis, &config.cluster.name, node.clone(), &handle)?;
+        let map = Arc::new(Map { me: node.clone(), shards: shards.clone(), membership: OnceLock::new() });
+        let forwarder = Forwarder::new(forward::Parts {
+            bus: bus.clone(),
+            owners: map.clone(),
+            store: store.clone(),
+            answer: Duration::from_millis(config.redis.answer_ms),
+            handle: handle.clone(),
+        });
+        let (scope, owned) = watch::channel(Scope::none());
+        let shared = ownership.is_shared();
+        let (for_held, handle_of_held) = (forwarder.clone(), handle.clone());
+        let held = Held { shards: shards.clone(), forwarder: for_held, store, scope, shared, handle: handle_of_held };
+        let terms = Terms::of(&config.cluster);
+        let load = Gauge::new(environment.clone(), shards.clone());
+        let hint = (bus.clone(), load.clone());
+        let membership = Membership::join(membership::Parts {
+            ownership: ownership.clone(),
+            holder: Arc::new(held),
+            joining: Joining {
+                node: node.clone(),
+                cluster: config.cluster.name.clone(),
+                shards: shards.count(),
+                addresses,
+                roles: config.node.roles.clone(),
+                weight: config.node.weight,
+                protocol: PROTOCOL,
+                lease: terms.lease,
+            },
+            terms,
+            look: membership::LOOK,
+            restless: membership::RESTLESS,
+            load: Arc::new(move || load.read()),
+            // A hint: whoever hears it looks sooner. Without a bus everybody looks in time all the same.
+            changed: Arc::new(move || {
+                let _ = hint.0.broadcast(&Message::Load(hint.1.read()));
+            }),
+            handle: handle.clone(),
+        })
+        .await?;
+        // Nobody else sets it.
+        let _ = map.membership.set(membership.clone());
+        let hears = membership.clone();
+        let news = Box::new(move |_: NodeId, message: Message| {
+            if matches!(message, Message::Load(_)) {
+                hears.look();
+            }
+        });
+        forwarder.serve(inlet, Arc::new(Local::new(shards, environment, news)), &drain);
+        handle.spawn(follow(membership.clone(), forwarder.clone(), drain));
+        let settled = |standing: &Standing| standing.open > 0 || (standing.version > 1 && !standing.alone);
+        let _ = tokio::time::timeout(terms.lease, membership.standing().wait_for(settled)).await;
+        Ok(Self { membership, forwarder, operations: Operations::new(ownership, node), scope: owned })
+    }
+
+    /// This node's membership.
+    pub const fn membership(&self) -> &Membership {
+        &self.membership
+    }
+
+    /// The way to instances of other nodes.
+    pub const fn forwarder(&self) -> &Forwarder {
+        &self.forwarder
+    }
+
+    /// The operator's side.
+    pub const fn operations(&self) -> &Operations {
+        &self.operations
+    }
+
+    /// The shards that are here, and news of them.
+    pub fn scope(&self) -> watch::Receiver<Scope> {
+        self.scope.clone()
+    }
+
+    /// Returns when nothing is on its way to other nodes, or after `patience`.
+    pub async fn idle(&self, patience: Duration) {
+        let empty = async {
+            while !self.forwarder.is_empty() {
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        let _ = tokio::time::timeout(patience, empty).await;
+    }
+
+    /// Ends the membership, and then the bus, which tells the others. Nothing may be on its way any more.
+    pub async fn leave(&self, patience: Duration) {
+        self.membership.leave().await;
+        self.forwarder.bus().close(patience).await;
+    }
+
+    /// Whether this node is a member that may serve.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn is_member(&self) -> Result<(), String> {
+        if self.membership.standing().borrow().member {
+            Ok(())
+        } else {
+            Err(String::from("the lease is not renewed: the store does not answer in time"))
+        }
+    }
+
+    /// Whether messages to other nodes flow, or need not.
+    ///
+    /// # Errors
+    /// Why they do not.
+    pub fn has_bus(&self) -> Result<(), String> {
+        match self.forwarder.bus().health() {
+            bus::Health::Up | bus::Health::Off => Ok(()),
+            bus::Health::Down(why) => Err(why.to_string()),
+        }
+    }
+}
+
+/// Tells forwarding of every new table.
+async fn follow(membership: Membership, forwarder: Forwarder, drain: Drain) {
+    let mut standing = membership.standing();
+    loop {
+        tokio::select! {
+            changed = standing.changed() => if changed.is_err() { return },
+            () = drain.stopped() => return,
+        }
+        forwarder.moved();
+    }
+}
+
+/// Who owns what, as forwarding sees it: what is open here is here, whatever the table says.
+struct Map {
+    me: NodeId,
+    shards: Shards,
+    membership: OnceLock<Membership>,
+}
+
+impl Owners for Map {
+    fn shard_of(&self, key: &InstanceKey) -> u32 {
+        self.shards.shard_of(key)
+    }
+
+    fn owner(&self, shard: u32) -> Owner {
+        if self.shards.epoch(shard).is_some() {
+            return Owner::Here;
+        }
+        let Some(membership) = self.membership.get() else { return Owner::Nobody };
+        match membership.table().routes.get(shard as usize) {
+            Some(route) => match &route.node {
+                Some(node) if *node == self.me => Owner::Leaving,
+                Some(node) => Owner::Node { node: node.clone(), epoch: route.epoch },
+                None => Owner::Nobody,
+            },
+            None => Owner::Nobody,
+        }
+    }
+
+    fn epoch(&self, shard: u32) -> u64 {
+        let known = self
+            .membership
+            .get()
+            .and_then(|membership| membership.table().routes.get(shard as usize).map(|route| route.epoch));
+        known.unwrap_or_default()
+    }
+
+    fn doubt(&self, _: u32) {
+        if let Some(membership) = self.membership.get() {
+            membership.look();
+        }
+    }
+}
+
+/// The shards, as the membership opens and closes them.
+struct Held {
+    shards: Shards,
+    forwarder: Forwarder,
+    store: Arc<dyn Store>,
+    scope: watch::Sender<Scope>,
+    /// Whether other processes may use the store. A store that is one process's own knows no shards.
+    shared: bool,
+    handle: tokio::runtime::Handle,
+}
+
+impl Held {
+    fn publish(&self) {
+        let here = self.shards.here();
+        let all = !self.shared && !here.is_empty();
+        self.scope.send_replace(if all { Scope::all() } else { Scope::of(self.shards.count(), here) });
+        self.forwarder.moved();
+    }
+}
+
+#[async_trait]
+impl Holder for Held {
+    async fn open(&self, fences: Vec<Fence>) {
+        let mut opened = Vec::new();
+        for fence in fences {
+            match self.shards.open(fence, Some(Arc::new(self.forwarder.clone()))).await {
+                Ok(()) => opened.push(fence.shard),
+                Err(error) => tracing::error!(shard = fence.shard, %error, "a shard was taken and cannot be opened"),
+            }
+        }
+        self.publish();
+        let scope = if self.shared { Scope::of(self.shards.count(), opened) } else { Scope::all() };
+        let (shards, store) = (self.shards.clone(), self.store.clone());
+        self.handle.spawn(async move {
+            if let Err(error) = wake(&shards, &*store, &scope).await {
+                tracing::warn!(%error, "the scan of new shards failed; the next one finds what waits");
+            }
+        });
+    }
+
+    async fn close(&self, shard: u32) {
+        self.shards.close(shard, HAND_OFF).await;
+        self.publish();
+    }
+
+    fn drop_now(&self, shards: &[u32]) {
+        shards.iter().for_each(|shard| self.shards.drop_now(*shard));
+        self.publish();
+    }
+}
+
+/// Wakes every instance of these shards with stimuli waiting in the store: the scan behind every lost wake. Returns how many.
+///
+/// # Errors
+/// Those of the store.
+pub(super) async fn wake(shards: &Shards, store: &dyn Store, scope: &Scope) -> Result<usize, crate::store::Error> {
+    let (mut woken, mut after) = (0, None);
+    loop {
+        let page = store.waiting(scope, after.as_ref(), SCAN_PAGE).await?;
+        // One that moved meanwhile is woken by its next owner.
+        page.iter().for_each(|key| drop(shards.tell(key, super::shard::What::Wake)));
+        woken += page.len();
+        match page.into_iter().next_back() {
+            Some(last) => after = Some(last),
+            None => return Ok(woken),
+        }
+    }
+}
+
+/// How busy this node is: share of the processors since it was last read, instances, work in hand.
+#[derive(Clone)]
+struct Gauge(Arc<GaugeInner>);
+
+struct GaugeInner {
+    environment: Arc<Environment>,
+    shards: Shards,
+    cores: u32,
+    last: Mutex<(Instant, Duration, u32)>,
+}
+
+/// Shares over less time than this are noise.
+const SHORTEST: Duration = Duration::from_millis(200);
+
+impl Gauge {
+    fn new(environment: Arc<Environment>, shards: Shards) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
+        let last = Mutex::new((Instant::now(), processor_time(), 0));
+        Self(Arc::new(GaugeInner { environment, shards, cores, last }))
+    }
+
+    fn read(&self) -> Load {
+        let inner = &*self.0;
+        let mut last = inner.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let (at, used, _) = *last;
+        let elapsed = at.elapsed();
+        if elapsed >= SHORTEST {
+            let now = processor_time();
+            let share = now.saturating_sub(used).as_secs_f64() / elapsed.as_secs_f64() / f64::from(inner.cores);
+            #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a share
+            let permille = (share * 1000.0).clamp(0.0, 1000.0) as u32;
+            *last = (Instant::now(), now, permille);
+        }
+        Load {
+            busy_permille: last.2,
+            instances: inner.environment.active.load(std::sync::atomic::Ordering::Acquire) as u64,
+            in_hand: inner.shards.busy() as u64,
+        }
+    }
+}
+
+/// Processor time of this process so far.
+fn processor_time() -> Duration {
+    use nix::sys::resource::{UsageWho, getrusage};
+    let Ok(usage) = getrusage(UsageWho::RUSAGE_SELF) else { return Duration::ZERO };
+    [usage.user_time(), usage.system_time()]
+        .iter()
+        .map(|time| {
+            let micros = time.tv_sec().saturating_mul(1_000_000).saturating_add(time.tv_usec());
+            Duration::from_micros(u64::try_from(micros).unwrap_or_default())
+        })
+        .sum()
+}
