@@ -17,6 +17,7 @@ pub mod placement;
 pub mod router;
 pub mod shard;
 pub mod shards;
+pub mod watch;
 
 /// The versions of the cluster's protocol this build speaks: rows, messages and stored formats that nodes share.
 pub const PROTOCOL: Protocol = Protocol { min: 1, max: 1 };

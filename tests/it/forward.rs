@@ -19,11 +19,13 @@ use sophont::{
         forward::{Forwarder, Local, Owner, Owners, Parts},
         shard::What,
         shards::Shards,
+        watch::Watches,
     },
     config::Config,
     instance::{
         Error, Receipt, Until,
         environment::Environment,
+        events::{Event, Hub},
         inbox::{Line, Waiter, Waiting},
     },
     runtime::{clock::Clock, drain::Drain},
@@ -81,6 +83,8 @@ struct Node {
     drain: Drain,
     arbiters: Vec<Arbiter>,
     news: Arc<Mutex<Vec<(NodeId, Message)>>>,
+    hub: Hub,
+    watches: Watches,
 }
 
 /// Several nodes, their store, and what connects them.
@@ -179,14 +183,17 @@ impl Node {
             handle: Handle::current(),
         });
         let (drain, news) = (Drain::default(), Arc::new(Mutex::new(Vec::new())));
-        let heard = news.clone();
-        let local = Local::new(
-            shards.clone(),
-            environment,
-            Box::new(move |from, message| heard.lock().unwrap().push((from, message))),
-        );
+        let hub = environment.hub.clone();
+        let watches = Watches::start(&hub, &forwarder, &drain, &Handle::current());
+        let (heard, watching) = (news.clone(), watches.clone());
+        let hear = move |from: NodeId, message| {
+            if let Err(message) = watching.hear(from.clone(), message) {
+                heard.lock().unwrap().push((from, message));
+            }
+        };
+        let local = Local::new(shards.clone(), environment, Box::new(hear));
         forwarder.serve(inlet, Arc::new(local), &drain);
-        Self { id, table, shards, forwarder, drain, arbiters, news }
+        Self { id, table, shards, forwarder, drain, arbiters, news, hub, watches }
     }
 
     /// From now on this node believes this of a shard.
@@ -194,6 +201,7 @@ impl Node {
         self.table.shards.lock().unwrap()[shard as usize] = (owner.cloned(), epoch);
         self.table.leaving.lock().unwrap().remove(&shard);
         self.forwarder.moved();
+        self.watches.moved();
     }
 
     fn send(&self, key: &InstanceKey, stimulus: Stimulus, until: Until) -> End {
@@ -489,6 +497,47 @@ async fn other_messages_reach_whoever_wants_them() {
     cluster.nodes[0].forwarder.bus().broadcast(&load).unwrap();
     wait_until("the news arrive", PATIENCE, async || !cluster.nodes[1].news.lock().unwrap().is_empty()).await;
     assert_eq!(*cluster.nodes[1].news.lock().unwrap(), [(cluster.nodes[0].id.clone(), load)]);
+}
+
+/// The next thing a watch tells, as a word; what is of no matter here is passed over.
+async fn told(watch: &mut sophont::instance::events::Watch) -> String {
+    loop {
+        let event = tokio::time::timeout(PATIENCE, watch.events.recv()).await.expect("something is told").unwrap();
+        return match event {
+            Event::Thinking(_) => "thinking".into(),
+            Event::Token { index, text, .. } => format!("{index}{text}"),
+            Event::Restart(_) => "restart".into(),
+            Event::Turn(turn) => format!("turn {}", turn.turn),
+            _ => continue,
+        };
+    }
+}
+
+#[actix_rt::test]
+async fn what_happens_to_an_instance_is_watched_from_another_node_and_after_a_move() {
+    let network = Network::default();
+    let cluster = Cluster::of(&network, &["a", "b", "c"]).await;
+    let (key, id) = (key_in(0), StimulusId::generate());
+    let [a, b, c] = &cluster.nodes[..] else { panic!("three nodes") };
+    a.hub.begin_draft(&key, &id);
+    a.hub.token(&key, "x");
+    let mut watch = b.hub.watch(&key);
+    assert_eq!((told(&mut watch).await, told(&mut watch).await), ("thinking".into(), "0x".into()));
+    a.hub.token(&key, "y");
+    assert_eq!(told(&mut watch).await, "1y");
+    let late = b.hub.watch(&key);
+    assert_eq!(late.draft.as_ref().unwrap().tokens.len(), 2, "the answer so far is here, too");
+    a.hub.end_draft(&key);
+    a.decided(&key, "hello").await;
+    assert_eq!(told(&mut watch).await, "turn 1");
+
+    cluster.give(0, 2).await;
+    a.shards.drop_now(0);
+    wait_until("the new owner is watched", PATIENCE, async || !c.hub.is_empty()).await;
+    c.decided(&key, "again").await;
+    assert_eq!(told(&mut watch).await, "turn 2");
+    drop((watch, late));
+    wait_until("nobody watches any more", PATIENCE, async || c.hub.is_empty() && b.hub.is_empty()).await;
 }
 
 #[actix_rt::test]

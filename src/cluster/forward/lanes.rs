@@ -214,6 +214,11 @@ impl Lanes {
         self.items == 0
     }
 
+    /// Lanes with something in them.
+    pub fn lanes(&self) -> usize {
+        self.lanes.len()
+    }
+
     /// Whether something of this sender is here that must not be overtaken.
     pub fn holds(&self, key: &InstanceKey, sender: Option<&str>) -> bool {
         !self.lanes.is_empty() && self.lanes.contains_key(&(key.clone(), sender.map(String::from)))

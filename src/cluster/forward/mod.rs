@@ -9,7 +9,10 @@
 //! Tests: at the foot of `lanes`; `tests/it/forward.rs`.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -120,6 +123,8 @@ struct Inner {
     handle: Handle,
     here: OnceLock<Arc<dyn Here>>,
     stripes: Vec<Mutex<Lanes>>,
+    /// Lanes of all stripes, read without a lock.
+    lanes: AtomicUsize,
     questions: Calls<Told>,
     served: Arc<Semaphore>,
     awaited: await_decision::Awaited,
@@ -141,6 +146,7 @@ impl Forwarder {
         let lanes = |stripe| Mutex::new(Lanes::new(owners.clone(), bounds, stripe as u64, STRIPES as u64));
         Self(Arc::new(Inner {
             stripes: (0..STRIPES).map(lanes).collect(),
+            lanes: AtomicUsize::new(0),
             bus,
             owners,
             store,
@@ -176,9 +182,16 @@ impl Forwarder {
     }
 
     /// Whether something of this sender is on its way to the instance: what follows must go this way, too, so that it does
-    /// not overtake. Costs a lock; ask only for senders that may have been forwarded lately.
+    /// not overtake. Cheap while nothing is on its way at all.
     pub fn holds(&self, key: &InstanceKey, sender: Option<&str>) -> bool {
-        self.lanes(stripe_of(key)).holds(key, sender)
+        self.0.lanes.load(Ordering::Acquire) > 0 && self.lanes(stripe_of(key)).holds(key, sender)
+    }
+
+    /// Returns when nothing is on its way, provided that nothing new comes. Cancel safe.
+    pub async fn idle(&self) {
+        while !self.is_empty() {
+            tokio::time::sleep(TICK).await;
+        }
     }
 
     /// Stimuli that wait or are under way.
@@ -195,6 +208,11 @@ impl Forwarder {
     pub fn moved(&self) {
         self.0.moved.notify_waiters();
         self.on_all(|lanes, now, out| lanes.moved(now, out));
+    }
+
+    /// Who owns an instance, as far as this node knows.
+    pub fn owner_of(&self, key: &InstanceKey) -> Owner {
+        self.0.owners.owner(self.0.owners.shard_of(key))
     }
 
     /// The way to other nodes, for broadcasts and relays.
@@ -271,7 +289,13 @@ impl Forwarder {
     /// Changes the lanes of a stripe, then does what follows from it, without their lock.
     fn on(&self, stripe: usize, change: impl FnOnce(&mut Lanes, Instant, &mut Vec<Act>)) {
         let mut acts = Vec::new();
-        change(&mut self.lanes(stripe), Instant::now(), &mut acts);
+        let mut lanes = self.lanes(stripe);
+        let before = lanes.lanes();
+        change(&mut lanes, Instant::now(), &mut acts);
+        // Under the lock: while a lane is there the count is not zero.
+        let after = lanes.lanes();
+        self.0.lanes.fetch_add(after.wrapping_sub(before), Ordering::AcqRel);
+        drop(lanes);
         for act in acts {
             self.act(stripe, act);
         }
@@ -345,7 +369,7 @@ impl Forwarder {
 
     /// Tells the owner of an instance that something waits for it in the store. A hint.
     pub fn wake(&self, key: &InstanceKey) {
-        match self.0.owners.owner(self.0.owners.shard_of(key)) {
+        match self.owner_of(key) {
             Owner::Node { node, .. } => self.0.bus.hint(&node, &Message::Wake(vec![key.clone()])),
             Owner::Here => {
                 if let Some(here) = self.0.here.get() {
