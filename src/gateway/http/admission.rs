@@ -8,7 +8,7 @@ use std::{net::IpAddr, time::Duration};
 use actix_web::{
     HttpRequest,
     error::PayloadError,
-    http::header::{self, HeaderMap},
+    http::header::{self, HeaderMap, HeaderName},
     web::Payload,
 };
 use bytes::{Bytes, BytesMut};
@@ -144,9 +144,11 @@ async fn collect(mut payload: Payload, limit: usize) -> Result<Bytes, Refusal> {
     Ok(whole.freeze())
 }
 
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+
 /// A W3C `traceparent`, when it is well formed; anything else is as good as none.
 pub fn traceparent(headers: &HeaderMap) -> Option<String> {
-    let text = headers.get("traceparent")?.to_str().ok()?;
+    let text = headers.get(TRACEPARENT)?.to_str().ok()?;
     let mut parts = text.split('-');
     let mut hex = |length: usize| {
         let part = parts.next()?;
@@ -168,7 +170,7 @@ pub fn wants_events(headers: &HeaderMap) -> bool {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use actix_web::http::header::{HeaderName, HeaderValue};
+    use actix_web::http::header::HeaderValue;
 
     use super::*;
 

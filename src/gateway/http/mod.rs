@@ -207,6 +207,8 @@ struct Door {
 }
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Names the stimulus. Looked up by a ready name: looking up by text makes one anew.
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
 impl Door {
     fn new(shared: Arc<Shared>) -> Self {
@@ -339,7 +341,7 @@ impl Caller<'_> {
 
     /// The header that names a stimulus; quoted, as its draft standard says, or bare.
     fn idempotency_key(&self) -> Result<Option<StimulusId>, Refusal> {
-        let Some(value) = self.request.headers().get("idempotency-key") else { return Ok(None) };
+        let Some(value) = self.request.headers().get(IDEMPOTENCY_KEY) else { return Ok(None) };
         let text = value.to_str().unwrap_or("?").trim();
         let bare = text.strip_prefix('"').and_then(|text| text.strip_suffix('"')).unwrap_or(text);
         StimulusId::new(bare).map(Some).map_err(|error| Refusal::Id { place: "header idempotency-key", error })
