@@ -21,6 +21,7 @@ use super::{
     membership::{self, Holder, Membership, Standing},
     operations::Operations,
     shards::Shards,
+    watch::Watches,
 };
 use crate::{
     config::Config,
@@ -131,14 +132,15 @@ impl Member {
         .await?;
         // Nobody else sets it.
         let _ = map.membership.set(membership.clone());
-        let hears = membership.clone();
-        let news = Box::new(move |_: NodeId, message: Message| {
-            if matches!(message, Message::Load(_)) {
+        let watches = Watches::start(&environment.hub, &forwarder, &drain, &handle);
+        let (hears, watching) = (membership.clone(), watches.clone());
+        let news = Box::new(move |from: NodeId, message: Message| {
+            if let Err(Message::Load(_)) = watching.hear(from, message) {
                 hears.look();
             }
         });
         forwarder.serve(inlet, Arc::new(Local::new(shards, environment, news)), &drain);
-        handle.spawn(follow(membership.clone(), forwarder.clone(), drain));
+        handle.spawn(follow(membership.clone(), forwarder.clone(), watches, drain));
         let settled = |standing: &Standing| standing.open > 0 || (standing.version > 1 && !standing.alone);
         let _ = tokio::time::timeout(terms.lease, membership.standing().wait_for(settled)).await;
         Ok(Self { membership, forwarder, operations: Operations::new(ownership, node), scope: owned })
@@ -204,8 +206,8 @@ impl Member {
     }
 }
 
-/// Tells forwarding of every new table.
-async fn follow(membership: Membership, forwarder: Forwarder, drain: Drain) {
+/// Tells forwarding and watches of every new table.
+async fn follow(membership: Membership, forwarder: Forwarder, watches: Watches, drain: Drain) {
     let mut standing = membership.standing();
     loop {
         tokio::select! {
@@ -213,6 +215,7 @@ async fn follow(membership: Membership, forwarder: Forwarder, drain: Drain) {
             () = drain.stopped() => return,
         }
         forwarder.moved();
+        watches.moved();
     }
 }
 

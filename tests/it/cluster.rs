@@ -5,11 +5,14 @@ use std::sync::atomic::Ordering;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::support::{
-    PATIENCE,
-    cluster::{Cluster, all_open, check_history, run_flow, under_flow},
-    http::{echo, slow},
-    node, wait_until,
+use crate::{
+    http::Events,
+    support::{
+        PATIENCE,
+        cluster::{Cluster, all_open, check_history, run_flow, under_flow},
+        http::{echo, slow},
+        node, wait_until,
+    },
 };
 
 #[tokio::test]
@@ -42,6 +45,22 @@ async fn any_node_serves_any_instance() {
         cluster.client(node).delete(&format!("/v1/instances/{instance}")).await.expect(204);
         assert_eq!(cluster.client(node + 1).get(&format!("/v1/instances/{instance}")).await.status, 404);
     }
+}
+
+#[tokio::test]
+async fn a_stream_at_any_node_has_each_word_as_it_is_thought() {
+    let cluster = Cluster::start().await;
+    let script = json!({"reply": "one two three four five six", "delay_ms": 1500, "tokens": 6});
+    cluster.client(0).put_instance("far", &json!({"engine": "scripted", "script": script})).await;
+    let other = cluster.owner("far").await + 1;
+    let client = cluster.client(other);
+    let path = "/v1/instances/far/stimuli";
+    let request = client.request(reqwest::Method::POST, path).json(&json!({"channel": "chat", "content": "count"}));
+    let events = Events::open(request).await.until("turn").await;
+    let words: Vec<&str> =
+        events.iter().filter(|event| event.name == "token").filter_map(|event| event.data["text"].as_str()).collect();
+    assert_eq!((words.len(), words.concat()), (6, "one two three four five six".into()), "{events:?}");
+    assert_eq!(events.last().unwrap().data["reply"]["content"], "one two three four five six");
 }
 
 #[tokio::test]

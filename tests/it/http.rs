@@ -12,20 +12,20 @@ use crate::support::{Answer, Http, Node, PATIENCE, wait_for, wait_until};
 
 /// An event of a stream.
 #[derive(Debug, Clone, PartialEq)]
-struct Event {
-    name: String,
+pub struct Event {
+    pub name: String,
     id: Option<String>,
-    data: Value,
+    pub data: Value,
 }
 
 /// A stream of events being read.
-struct Events {
+pub struct Events {
     bytes: std::pin::Pin<Box<dyn futures_util::Stream<Item = reqwest::Result<bytes::Bytes>> + Send>>,
     text: String,
 }
 
 impl Events {
-    async fn open(request: RequestBuilder) -> Self {
+    pub async fn open(request: RequestBuilder) -> Self {
         let answer = request.header("accept", "text/event-stream").send().await.unwrap();
         assert_eq!(answer.status(), StatusCode::OK);
         assert_eq!(answer.headers()["content-type"], "text/event-stream");
@@ -48,7 +48,7 @@ impl Events {
         }
     }
 
-    async fn until(&mut self, name: &str) -> Vec<Event> {
+    pub async fn until(&mut self, name: &str) -> Vec<Event> {
         let mut seen = Vec::new();
         loop {
             let event = self.next().await.unwrap_or_else(|| panic!("the stream ended before {name}: {seen:?}"));
