@@ -22,8 +22,8 @@ use super::{
 };
 use crate::{
     instance::Until,
-    store::Known,
-    types::{Channel, InstanceKey, Stimulus, StimulusId},
+    store::{self, Known},
+    types::{Channel, Fault, InstanceKey, Stimulus, StimulusId},
 };
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
@@ -121,7 +121,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             let derived = match publish.dup.then(|| self.taken_before(id, hash)).flatten() {
                 Some(before) => before,
                 None => {
-                    if publish.dup && !self.has_taken(id) && self.is_committed(&key, id, hash).await {
+                    if publish.dup && !self.has_taken(id) && self.is_committed(&key, id, hash).await? {
                         return Ok(Wait::Now(Some(Verdict::Accepted)));
                     }
                     self.counter += 1;
@@ -162,9 +162,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         self.inbound.taken.push_back(taken);
     }
 
-    /// Whether the newest stimulus of this session and packet id is known to the store and has the same content. After a
-    /// failing read it is taken as unknown: decided again rather than lost.
-    async fn is_committed(&mut self, key: &InstanceKey, id: Id, hash: u32) -> bool {
+    /// Whether the newest stimulus of this session and packet id is known to the store and has the same content. While the
+    /// store cannot say, the publish is refused for the moment: taken as unknown it might be decided twice.
+    async fn is_committed(&mut self, key: &InstanceKey, id: Id, hash: u32) -> Result<bool, Refusal> {
         let prefix = self.id_prefix(id);
         let same = |found: &StimulusId| {
             found
@@ -176,14 +176,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             Ok(Some(Known::Decided(turn))) => same(&turn.stimulus.id),
             Ok(Some(Known::Waiting(stimulus))) => same(&stimulus.id),
             Ok(Some(Known::Dead(letter))) => same(&letter.stimulus.id),
-            Ok(None) | Err(_) => false,
+            Ok(None) => false,
+            Err(error) => return Err(unknown(&error)),
         };
-        decided
-            || match self.broker.store.load(key).await {
-                Ok(loaded) => loaded.inbox.iter().rev().any(|waiting| same(&waiting.id)),
-                Err(_) => false,
-            }
+        if decided {
+            return Ok(true);
+        }
+        match self.broker.store.load(key).await {
+            Ok(loaded) => Ok(loaded.inbox.iter().rev().any(|waiting| same(&waiting.id))),
+            Err(error) => Err(unknown(&error)),
+        }
     }
+}
+
+/// The refusal of a repeat that cannot be looked up at present.
+fn unknown(error: &store::Error) -> Refusal {
+    Refusal::new(Reason::of(error.kind()), format!("a repeat cannot be looked up: {error}"))
 }
 
 /// Of topic and payload, 32 bits.

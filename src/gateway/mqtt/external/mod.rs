@@ -27,7 +27,7 @@ use crate::{
     delivery::{Message, Publisher},
     instance::{self, Until},
     runtime::{clock::Clock, drain::Drain},
-    store::Known,
+    store::{self, Known},
     telemetry::metric,
     types::{Fault, InstanceKey, Kind, Millis, Stimulus},
 };
@@ -69,7 +69,10 @@ pub trait Inward: Send + Sync + 'static {
     async fn deliver(&self, key: &InstanceKey, stimulus: Stimulus, until: Until) -> Result<(), instance::Error>;
 
     /// Whether a stimulus whose id begins with `prefix` was accepted at or after `since`.
-    async fn knows(&self, key: &InstanceKey, prefix: &str, since: Millis) -> bool;
+    ///
+    /// # Errors
+    /// While the store cannot say.
+    async fn knows(&self, key: &InstanceKey, prefix: &str, since: Millis) -> Result<bool, store::Error>;
 }
 
 #[async_trait]
@@ -78,20 +81,15 @@ impl Inward for Router {
         Self::deliver(self, key, stimulus, until).await.map(drop)
     }
 
-    async fn knows(&self, key: &InstanceKey, prefix: &str, since: Millis) -> bool {
+    async fn knows(&self, key: &InstanceKey, prefix: &str, since: Millis) -> Result<bool, store::Error> {
         let is_it = |stimulus: &Stimulus| stimulus.id.as_str().starts_with(prefix) && stimulus.accepted_at >= since;
-        let decided = match self.store().find_prefix(key, prefix).await {
-            Ok(Some(Known::Decided(turn))) => is_it(&turn.stimulus),
-            Ok(Some(Known::Waiting(stimulus))) => is_it(&stimulus),
-            Ok(Some(Known::Dead(letter))) => is_it(&letter.stimulus),
-            // After a failing read it is taken as unknown: decided again rather than lost.
-            Ok(None) | Err(_) => false,
+        let decided = match self.store().find_prefix(key, prefix).await? {
+            Some(Known::Decided(turn)) => is_it(&turn.stimulus),
+            Some(Known::Waiting(stimulus)) => is_it(&stimulus),
+            Some(Known::Dead(letter)) => is_it(&letter.stimulus),
+            None => false,
         };
-        decided
-            || match self.store().load(key).await {
-                Ok(loaded) => loaded.inbox.iter().any(|waiting| is_it(waiting)),
-                Err(_) => false,
-            }
+        Ok(decided || self.store().load(key).await?.inbox.iter().any(|waiting| is_it(waiting)))
     }
 }
 

@@ -330,11 +330,10 @@ fn backoff(first: Duration, longest: Duration, failures: u32, chance: u128) -> D
 /// Hands a message to its instance until it is taken, never can be, or the node drains. A message without a packet id is
 /// tried once.
 async fn hand_over(job: &Job, inward: &dyn Inward, clock: &Clock, drain: &Drain) -> End {
-    if let Some(prefix) = &job.earlier {
-        let since = clock.now().plus(-RECOGNISED_MS);
-        if inward.knows(&job.key, prefix, since).await {
-            return End::Accepted;
-        }
+    if let Some(prefix) = &job.earlier
+        && let Some(end) = recognised(job, prefix, inward, clock, drain).await
+    {
+        return end;
     }
     let started = Instant::now();
     let mut tries = 0;
@@ -357,6 +356,24 @@ async fn hand_over(job: &Job, inward: &dyn Inward, clock: &Clock, drain: &Drain)
         let wait = backoff(AGAIN_FIRST, AGAIN_LONGEST, tries, u128::from(job.ticket));
         if tokio::time::timeout(wait, drain.draining()).await.is_ok() {
             return End::Left;
+        }
+        tries += 1;
+    }
+}
+
+/// How a message ends that may have been accepted in an earlier life; `None` when it was not. While the store cannot say, it
+/// waits: taken as unknown it might be decided twice.
+async fn recognised(job: &Job, prefix: &str, inward: &dyn Inward, clock: &Clock, drain: &Drain) -> Option<End> {
+    let since = clock.now().plus(-RECOGNISED_MS);
+    let mut tries = 0;
+    loop {
+        match inward.knows(&job.key, prefix, since).await {
+            Ok(known) => return known.then_some(End::Accepted),
+            Err(error) => tracing::debug!(instance = %job.key.instance, "a repeat cannot be looked up: {error}"),
+        }
+        let wait = backoff(AGAIN_FIRST, AGAIN_LONGEST, tries, u128::from(job.ticket));
+        if tokio::time::timeout(wait, drain.draining()).await.is_ok() {
+            return Some(End::Left);
         }
         tries += 1;
     }
