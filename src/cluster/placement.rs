@@ -1,9 +1,10 @@
 //! Which node should own which shard. Pure: a view of the cluster in, a plan out, the same on every node.
 //!
 //! Weighted rendezvous hashing (Thaler and Ravishankar 1998; weights by the logarithmic method of Schindelhauer and
-//! Schomaker 2005) says who likes a shard best. Hashing alone is uneven: 256 shards on 3 nodes stand about 9 % off. So, as in
-//! consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018), nobody gets more than its share rounded up;
-//! and what a node rightly owns it keeps, so the plan starts from the present owners and is no function of the members alone.
+//! Schomaker 2005) says who likes a shard best. Hashing alone is uneven: with 256 shards on 3 nodes, shares differ by 9 %
+//! (standard deviation). So, as in consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018), nobody
+//! gets more than its share rounded up; and what a node rightly owns it keeps, so the plan starts from the present owners
+//! and is no function of the members alone.
 //!
 //! Not here: taking and giving (`cluster::lease`), who is alive (`store::ownership`).
 //! Invariants: a node's arrival moves shards only to it, its end only those it had; at rest every node has its share, rounded

@@ -7,9 +7,10 @@ use std::sync::Arc;
 use super::{Error, Fence, Head, Known, Rejection, Work};
 use crate::types::{Millis, Stimulus, StimulusId, TurnRecord};
 
-/// A unit under this fence may be written while its shard has this epoch and count of lodged stimuli. `waits` tells
-/// whether a stimulus stands in the instance's inbox; it is asked only when something was lodged that the owner has not
-/// looked at: turns of what already stands there come before that.
+/// A unit under this fence may be written while its shard has this epoch and count of lodged stimuli. `next` tells
+/// whether a stimulus stands in the instance's inbox and nothing of its priority before it but what the unit decides first;
+/// it is asked only when something was lodged that the owner has not looked at. That it stands there is not enough: it may
+/// have been lodged itself, after others that the owner does not know.
 ///
 /// # Errors
 /// [`Rejection::Fenced`], [`Rejection::Behind`].
@@ -17,14 +18,14 @@ pub(crate) fn fence(
     fence: Fence,
     (epoch, lodged): (u64, u64),
     work: &Work,
-    waits: impl Fn(&StimulusId) -> bool,
+    next: impl Fn(&StimulusId) -> bool,
 ) -> Result<(), Rejection> {
     let looked = || fence.lodged >= lodged;
     match work {
         Work::Lodge { .. } => Ok(()),
         _ if fence.epoch != epoch => Err(Rejection::Fenced),
         Work::Accept { .. } if !looked() => Err(Rejection::Behind { lodged }),
-        Work::Turns { turns, .. } if !looked() && !turns.iter().all(|turn| waits(&turn.stimulus.id)) => {
+        Work::Turns { turns, .. } if !looked() && !turns.iter().all(|turn| next(&turn.stimulus.id)) => {
             Err(Rejection::Behind { lodged })
         }
         _ => Ok(()),

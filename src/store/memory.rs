@@ -64,6 +64,14 @@ struct WorkQueue {
     dropping: usize,
     failing_reads: Option<(usize, Error)>,
     fence_off: bool,
+    behind_off: bool,
+}
+
+/// What is checked of a fence.
+#[derive(Clone, Copy)]
+struct Checks {
+    fence: bool,
+    behind: bool,
 }
 
 enum Job {
@@ -178,26 +186,26 @@ impl MemoryStore {
             let failure = take_failure(&mut work.failing);
             let dropped = work.dropping > 0;
             work.dropping = work.dropping.saturating_sub(1);
-            let fenced = !work.fence_off;
+            let checks = Checks { fence: !work.fence_off, behind: !work.behind_off };
             drop(work);
             if dropped {
                 drop(job);
             } else {
-                self.end(job, failure, fenced);
+                self.end(job, failure, checks);
             }
             work = self.work();
             work.busy = false;
         }
     }
 
-    fn end(&self, job: Job, failure: Option<Error>, fenced: bool) {
+    fn end(&self, job: Job, failure: Option<Error>, checks: Checks) {
         if let Some(error) = failure {
             return job.into_done().tell(Err(Rejection::Failed(error)));
         }
         let mut data = self.data();
         let quiet = data.outgoing.len();
         let (done, end) = match job {
-            Job::Unit(unit) => match data.admit(&unit, fenced) {
+            Job::Unit(unit) => match data.admit(&unit, checks) {
                 Ok(()) => {
                     let feed = Feed(if self.0.feeds == 1 { 0 } else { unit.fence.shard });
                     (unit.done, data.apply(&unit.key, unit.fence, feed, unit.work, self.0.dedupe))
@@ -285,6 +293,12 @@ impl Faults {
         self.0.work().fence_off = off;
     }
 
+    /// Owners that have not looked at what was lodged may decide what came later, from here on or no longer: the negative
+    /// control of tests that look at order.
+    pub fn behind_off(&self, off: bool) {
+        self.0.work().behind_off = off;
+    }
+
     /// A node's process is known to be gone, or (`alive`) its session stands again.
     pub fn set_alive(&self, node: &NodeId, alive: bool) {
         self.0.data().cluster.set_alive(node, alive);
@@ -343,6 +357,14 @@ impl Instance {
         self.inbox.iter().position(|stimulus| stimulus.id == *id)
     }
 
+    /// Whether a stimulus waits, and nothing of its priority before it but what was decided before it.
+    fn is_next(&self, id: &StimulusId, decided: &[&StimulusId]) -> bool {
+        self.waiting(id).is_some_and(|at| {
+            let before = self.inbox[..at].iter().filter(|other| other.priority == self.inbox[at].priority);
+            before.into_iter().all(|other| decided.contains(&&other.id))
+        })
+    }
+
     fn known(&self, id: &StimulusId) -> Option<Known> {
         if let Some(at) = self.waiting(id) {
             return Some(Known::Waiting(Arc::clone(&self.inbox[at])));
@@ -363,15 +385,29 @@ impl Instance {
 
 impl Data {
     /// Whether the unit may be written under its fence. Where no node ever joined nobody is fenced.
-    fn admit(&mut self, unit: &Unit, fenced: bool) -> Result<(), Rejection> {
-        if !fenced || !self.cluster.is_founded() {
+    fn admit(&mut self, unit: &Unit, checks: Checks) -> Result<(), Rejection> {
+        if !self.cluster.is_founded() {
             return Ok(());
         }
         let row = self.cluster.shard(unit.fence.shard).ok_or(Rejection::Fenced)?;
         let standing = (row.epoch, row.lodged);
         let instance = self.instances.get(&unit.key);
-        let waits = |id: &StimulusId| instance.is_some_and(|instance| instance.waiting(id).is_some());
-        check::fence(unit.fence, standing, &unit.work, waits)
+        let unit_ids: Vec<&StimulusId> = match &unit.work {
+            Work::Turns { turns, .. } => turns.iter().map(|turn| &turn.stimulus.id).collect(),
+            _ => Vec::new(),
+        };
+        let next = |id: &StimulusId| {
+            let earlier = unit_ids.split(|other| *other == id).next().unwrap_or_default();
+            instance.is_some_and(|instance| instance.is_next(id, earlier))
+        };
+        let mut fence = unit.fence;
+        if !checks.fence {
+            fence.epoch = standing.0;
+        }
+        if !checks.behind {
+            fence.lodged = standing.1;
+        }
+        check::fence(fence, standing, &unit.work, next)
     }
 
     /// Checks everything first, then writes: a unit is applied whole or not at all.
@@ -388,11 +424,15 @@ impl Data {
             Work::Accept { stimuli } => self.accept(key, stimuli, dedupe),
             Work::Lodge { stimuli } => {
                 let count = stimuli.len() as u64;
-                let committed = self.accept(key, stimuli, dedupe)?;
-                if let Some(row) = self.cluster.shard(fence.shard) {
+                let end = self.accept(key, stimuli, dedupe);
+                // One that waits already may have come by a commit whose end its owner never heard: it has to look.
+                let unheard = matches!(end, Err(Rejection::Duplicate { known: Known::Waiting(_), .. }));
+                if (end.is_ok() || unheard)
+                    && let Some(row) = self.cluster.shard(fence.shard)
+                {
                     row.lodged += count;
                 }
-                Ok(committed)
+                end
             }
             Work::Bury { stimulus, reason, tries, at } => {
                 let instance = self.instances.entry(key.clone()).or_insert_with(|| Instance::new(at));

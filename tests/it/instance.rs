@@ -345,6 +345,42 @@ async fn a_draining_router_refuses() {
     assert!(matches!(house.send(&key("a"), text("x")).await, Err(Error::Draining)));
 }
 
+/// Commits what the instance in memory is not told of.
+async fn behind_its_back(house: &House, key: &InstanceKey, work: Work) {
+    let (done, end) = Done::channel();
+    let fence = Fence { shard: key.shard(8), epoch: 0, lodged: 0 };
+    house.store.submit(Unit { key: key.clone(), fence, work, done });
+    end.await.unwrap().unwrap();
+}
+
+#[actix_rt::test]
+async fn a_wake_makes_an_idle_instance_look_into_the_store() {
+    let house = House::build(|_| ()).await;
+    let key = key("a");
+    house.router.put_profile(&key, counter()).await.unwrap();
+    house.decided(&key, named("one", "one")).await;
+    behind_its_back(&house, &key, Work::Lodge { stimuli: vec![Arc::new(named("two", "two"))] }).await;
+    assert_eq!(house.router.wake_waiting().await.unwrap(), 1);
+    crate::support::wait_until("the lodged one is decided", Duration::from_secs(20), async || {
+        house.store.turns(&key, 1, 9).await.unwrap().len() == 1
+    })
+    .await;
+}
+
+#[actix_rt::test]
+async fn what_waits_in_the_store_and_not_in_memory_is_decided_when_it_comes_again() {
+    let house = House::build(|_| ()).await;
+    let key = key("a");
+    house.router.put_profile(&key, slow(1)).await.unwrap();
+    house.decided(&key, named("one", "one")).await;
+    behind_its_back(&house, &key, Work::Accept { stimuli: vec![Arc::new(named("two", "two"))] }).await;
+    let told = house.router.deliver(&key, named("two", "two"), Until::Accepted).await.unwrap();
+    assert!(matches!(told, Receipt::Accepted { repeated: true }), "{told:?}");
+    let (three, _) = house.decided(&key, named("three", "three")).await;
+    assert_eq!(three.turn, 3);
+    assert_eq!(house.decided(&key, named("two", "two")).await.0.turn, 2);
+}
+
 #[actix_rt::test]
 async fn what_another_node_lodged_is_decided_before_what_came_later() {
     let house = House::build(|_| ()).await;

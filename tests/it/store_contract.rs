@@ -321,6 +321,7 @@ contract! {
     a_closed_store_refuses
     a_stale_fence_is_refused_alone
     what_was_lodged_comes_first
+    what_was_lodged_itself_does_not_overtake
     a_lodged_repeat_is_refused
     a_scope_names_what_is_asked_for
     each_feed_is_in_order
@@ -1018,6 +1019,36 @@ async fn what_was_lodged_comes_first(subject: Subject) {
     assert_eq!(names(&store.load(&key).await.unwrap().inbox), ["lodged-1", "lodged-2", "last"]);
 }
 
+async fn what_was_lodged_itself_does_not_overtake(subject: Subject) {
+    let (store, key) = (&*subject.store, key("a"));
+    let fenced = subject.set_epoch(key.shard(SHARDS), 2).await;
+    let owner = Fence { epoch: 2, ..fence(&key) };
+    let [one, two] = [stimulus(Some("one")), stimulus(Some("two"))];
+    let lodge = |of: &Stimulus| Work::Lodge { stimuli: vec![Arc::new(of.clone())] };
+    for of in [&one, &two] {
+        commit_under(store, owner, &key, lodge(of)).await.unwrap();
+    }
+    // The owner heard of the second by another way, and not of the first.
+    let turns = |of: &[&Stimulus]| Work::Turns {
+        head: Head::default(),
+        turns: (1..).zip(of).map(|(number, of)| Arc::new(record(number, (*of).clone()))).collect(),
+    };
+    if fenced {
+        for of in [&[&two][..], &[&two, &one]] {
+            let end = commit_under(store, owner, &key, turns(of)).await;
+            assert!(matches!(end, Err(Rejection::Behind { lodged: 2 })), "{end:?}");
+        }
+    }
+    // A repeat that waits tells the owner to look, too: it may have come by a commit whose end the owner never heard.
+    duplicate(commit_under(store, owner, &key, lodge(&two)).await);
+    if fenced {
+        let end = commit_under(store, Fence { lodged: 2, ..owner }, &key, turns(&[&stimulus(None)])).await;
+        assert!(matches!(end, Err(Rejection::Behind { lodged: 3 })), "{end:?}");
+    }
+    commit_under(store, owner, &key, turns(&[&one, &two])).await.unwrap();
+    assert!(store.load(&key).await.unwrap().inbox.is_empty());
+}
+
 async fn a_lodged_repeat_is_refused(subject: Subject) {
     let (store, key) = (&*subject.store, key("a"));
     let head = decide(store, &key, Head::default(), &[Some("decided")]).await.unwrap();
@@ -1032,8 +1063,10 @@ async fn a_lodged_repeat_is_refused(subject: Subject) {
             Known::Dead(_) => false,
         });
     }
-    // Nothing was lodged, so nobody has to look.
-    decide(store, &key, head, &[None]).await.unwrap();
+    // The one that waits makes its owner look: it may have come by a commit whose end the owner never heard.
+    let looked = Fence { lodged: 2, ..fence(&key) };
+    let work = Work::Turns { head, turns: vec![Arc::new(record(2, stimulus(None)))] };
+    commit_under(store, looked, &key, work).await.unwrap();
 }
 
 async fn a_scope_names_what_is_asked_for(subject: Subject) {

@@ -108,12 +108,13 @@ impl InstanceActor {
                 self.go_on(ctx);
             }
             Err(Rejection::Failed(error)) => {
-                let decided = matches!(out, Out::Turns(_));
+                // It may have been written all the same, when the connection broke before the answer came.
+                let unsure = matches!(out, Out::Turns(_) | Out::Accept(_));
                 self.give_back(out, &Error::Store(error));
                 if !self.agenda().inbox.is_empty() {
                     self.pause(FIRST_PAUSE, ctx);
                 }
-                if decided { self.reload(ctx) } else { self.go_on(ctx) }
+                if unsure { self.reload(ctx) } else { self.go_on(ctx) }
             }
         }
     }
@@ -197,6 +198,7 @@ impl InstanceActor {
     /// A stimulus of the unit was known: its sender gets what became of the first, the others are decided again.
     pub(super) fn repeated(&mut self, out: Out, index: usize, known: Known, ctx: &mut Context<Self>) {
         self.environment.metrics.repeats.increment(1);
+        let waits = matches!(known, Known::Waiting(_));
         let receipt = match known {
             Known::Waiting(_) => Receipt::Accepted { repeated: true },
             Known::Decided(turn) => Receipt::Decided { turn, repeated: true },
@@ -218,7 +220,8 @@ impl InstanceActor {
                 for mut waiting in self.agenda().inbox.extract(|w| Some(&w.stimulus.id) == repeated && !w.accepted) {
                     waiting.tell(&Ok(receipt.clone()));
                 }
-                self.go_on(ctx);
+                // It waits in the store and not here: it is read, before anything that comes later.
+                if waits { self.reload(ctx) } else { self.go_on(ctx) }
             }
             Out::Bury(..) | Out::Control(_) => self.go_on(ctx),
         }

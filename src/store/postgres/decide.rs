@@ -28,6 +28,8 @@ pub(super) struct Standing {
 pub(super) struct Places {
     /// In the inbox.
     pub waiting: Option<i64>,
+    /// How many others stand there before it.
+    pub before: i64,
     /// Among the dead letters.
     pub dead: Option<i64>,
     /// The turn that decided it.
@@ -153,7 +155,7 @@ impl<'a> Decider<'a, '_> {
     pub(super) fn unit(&mut self, unit: &'a Unit, asking: Asking) -> Result<End, Error> {
         let standing = asking.instance.and_then(|at| self.facts.instances.get(&at)).copied();
         let admitted = match self.facts.shards.get(&unit.fence.shard) {
-            Some(shard) => check::fence(unit.fence, *shard, &unit.work, |id| self.waits(unit, asking, id)),
+            Some(shard) => check::fence(unit.fence, *shard, &unit.work, |id| self.is_next(unit, asking, id)),
             None => Err(Rejection::Fenced),
         };
         let end = admitted.map_or_else(
@@ -163,7 +165,8 @@ impl<'a> Decider<'a, '_> {
                 Work::Accept { stimuli } => self.accept(unit, stimuli, standing, asking),
                 Work::Lodge { stimuli } => {
                     let end = self.accept(unit, stimuli, standing, asking)?;
-                    if matches!(end, End::Written(_)) {
+                    // One that waits already may have come by a commit whose end its owner never heard: it has to look.
+                    if matches!(end, End::Written(_) | End::Repeats(_, Place::Waiting(_))) {
                         self.writes.lodge(unit.fence.shard, stimuli.len());
                     }
                     Ok(end)
@@ -192,11 +195,14 @@ impl<'a> Decider<'a, '_> {
         self.facts.stimuli.get(&at).copied().unwrap_or_default()
     }
 
-    /// Whether a stimulus of a unit of turns stands in the inbox.
-    fn waits(&self, unit: &Unit, asking: Asking, id: &StimulusId) -> bool {
+    /// Whether a stimulus of a unit of turns stands in the inbox, and nothing before it but what the unit decides first. Does
+    /// not look at priorities: an owner that must look once more for nothing loses a moment.
+    fn is_next(&self, unit: &Unit, asking: Asking, id: &StimulusId) -> bool {
         let Work::Turns { turns, .. } = &unit.work else { return false };
-        let at = turns.iter().position(|turn| turn.stimulus.id == *id);
-        at.is_some_and(|at| self.places(asking.stimuli + at).waiting.is_some())
+        let Some(at) = turns.iter().position(|turn| turn.stimulus.id == *id) else { return false };
+        let Places { waiting: Some(ord), before, .. } = self.places(asking.stimuli + at) else { return false };
+        let earlier = (0..at).filter_map(|earlier| self.places(asking.stimuli + earlier).waiting);
+        earlier.filter(|earlier| *earlier < ord).count() as i64 == before
     }
 
     /// Makes the instance if it is not there.

@@ -70,8 +70,10 @@ const INSTANCES: Sql = Sql {
     types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY],
 };
 const STIMULI: Sql = Sql {
-    text: "SELECT f.n, f.waiting, f.dead, f.decided FROM (
-             SELECT k.n,
+    text: "SELECT f.n, f.waiting, f.dead, f.decided, CASE WHEN f.waiting IS NOT NULL THEN (
+             SELECT count(*) FROM inbox e WHERE e.tenant = f.tenant AND e.instance = f.instance AND e.ord < f.waiting
+           ) ELSE 0 END FROM (
+             SELECT k.n, k.tenant, k.instance,
                (SELECT b.ord FROM inbox b WHERE b.tenant = k.tenant AND b.stimulus = k.stimulus
                  AND b.instance = k.instance ORDER BY b.ord LIMIT 1) AS waiting,
                CASE WHEN k.wide THEN (SELECT d.ord FROM dead d WHERE d.tenant = k.tenant AND d.stimulus = k.stimulus
@@ -462,7 +464,12 @@ impl Attempt<'_> {
             facts.instances.insert(place_of(at), Standing { life, turn: turn.unwrap_or(0).unsigned_abs() });
         }
         for row in known? {
-            let places = Places { waiting: row.try_get(1)?, dead: row.try_get(2)?, decided: row.try_get(3)? };
+            let places = Places {
+                waiting: row.try_get(1)?,
+                dead: row.try_get(2)?,
+                decided: row.try_get(3)?,
+                before: row.try_get(4)?,
+            };
             facts.stimuli.insert(place_of(row.try_get(0)?), places);
         }
         Ok(facts)
