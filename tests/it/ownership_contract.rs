@@ -69,7 +69,8 @@ impl Subject {
         if let Some(url) = &self.url {
             let kill =
                 "SELECT pg_terminate_backend(l.pid, 10000) FROM pg_locks l JOIN nodes n ON l.objid::int8 = n.session
-                        WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND n.node = $1";
+                        WHERE l.locktype = 'advisory' AND l.objsubid = 2 AND n.node = $1
+                        AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())";
             let killed = postgres::connect(url).await.query(kill, &[&node.as_str()]).await.unwrap();
             assert_eq!(killed.len(), 1, "its session was there");
         }
