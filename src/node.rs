@@ -342,12 +342,13 @@ impl Node {
         for arbiter in &self.arbiters {
             arbiter.stop();
         }
-        drop(self.edge);
+        // A store may work on the edge's runtime: it goes first.
         let store = self.store;
         let closed = tokio::task::spawn_blocking(move || store.close()).await;
         if closed.is_err() {
             tracing::error!("the store did not close cleanly");
         }
+        drop(self.edge);
     }
 
     /// The way into instances, for tests that build a node in their own process.

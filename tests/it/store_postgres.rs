@@ -460,7 +460,9 @@ async fn a_node_killed_on_a_database_goes_on_from_there() {
         let again = node.client().say("lamp", &id, &content).await.expect(200);
         assert_eq!(again["turn"], round, "decided once: {again}");
     }
+    node.restart().await;
     assert_eq!(node.client().decided("lamp").await, ["c1", "c2", "c3"]);
+    assert!(!node.log().contains("commits under way"), "it closed in good order: {}", node.log());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -513,7 +513,9 @@ impl Attempt<'_> {
         let failed = written.into_iter().find_map(Result::err);
         match (failed, committed) {
             (None, Ok(())) => {
-                if writes.has_effects() {
+                let mut feeds = writes.feeds().peekable();
+                if feeds.peek().is_some() {
+                    self.shared.feeds.moved(feeds);
                     self.shared.hint.notify_one();
                 }
                 Tried::Committed(ends)

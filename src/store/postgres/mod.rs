@@ -11,6 +11,7 @@
 //! | `decide`, `writes` | what becomes of a unit; what a batch writes |
 //! | `query`, `recall`, `rows` | what is read |
 //! | `replica` | reads that a replica answers |
+//! | `feeds` | which feeds are worth asking for |
 //! | `ownership` | who takes part and who owns what |
 //! | `chores` | removal and expiry |
 //!
@@ -21,6 +22,7 @@
 mod chores;
 mod connect;
 mod decide;
+mod feeds;
 mod lane;
 mod ownership;
 mod query;
@@ -35,7 +37,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -50,6 +52,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     connect::{Failure, Target},
+    feeds::Feeds,
     lane::{Job, Lane},
     ownership::Sessions,
     replica::Replica,
@@ -106,6 +109,7 @@ struct Shared {
     prepared: bool,
     writers: Pool,
     hint: Arc<Notify>,
+    feeds: Feeds,
     metrics: Metrics,
     waiting: AtomicUsize,
     abandoned: AtomicBool,
@@ -203,6 +207,7 @@ impl PostgresStore {
             prepared: !pooled,
             writers: target.pool(lanes + 1 + OTHER_WRITERS, wait)?,
             hint: Arc::default(),
+            feeds: Feeds::new(shards),
             metrics: Metrics {
                 units: metrics::histogram!(metric::COMMIT_BATCH),
                 seconds: metrics::histogram!(metric::COMMIT_SECONDS),
@@ -469,7 +474,15 @@ impl Reader for PostgresStore {
     }
 
     async fn outgoing(&self, after: &[(Feed, i64)], limit: usize) -> Result<Vec<Outgoing>, Error> {
-        self.read_outgoing(after, limit).await
+        let look = self.shared.feeds.look(after, Instant::now());
+        if look.asked.is_empty() {
+            return Ok(Vec::new());
+        }
+        let outgoing = self.read_outgoing(&look.asked, limit).await?;
+        // Of a full page nothing is known about the feeds that did not come into it.
+        let full = outgoing.len() >= limit;
+        self.shared.feeds.found(&look, Instant::now(), |feed| full || outgoing.iter().any(|turn| turn.feed == feed));
+        Ok(outgoing)
     }
 
     async fn shipped(&self, feeds: &[Feed]) -> Result<Vec<i64>, Error> {

@@ -417,9 +417,10 @@ impl<'a> Writes<'a> {
         }
     }
 
-    /// Whether turns with effects are among them.
-    pub(super) fn has_effects(&self) -> bool {
-        self.turns.leaves.iter().any(|leaves| *leaves)
+    /// The feeds of its turns with effects, some more than once.
+    pub(super) fn feeds(&self) -> impl Iterator<Item = u32> {
+        let leaving = self.turns.leaves.iter().zip(&self.turns.shard).filter(|(leaves, _)| **leaves);
+        leaving.map(|(_, shard)| shard.unsigned_abs())
     }
 
     /// Makes columns of the maps. `shard_of` tells the shard of an instance.
