@@ -80,6 +80,21 @@ impl World {
         Self { members: vec![member], servers: Servers { postgres: Some(postgres), ..Servers::default() } }
     }
 
+    /// So many nodes on one PostgreSQL and one Redis, devices connected to any of them.
+    pub async fn cluster(nodes: usize, config: &str) -> Self {
+        let (postgres, redis) = (start_postgres().await, Redis::start().await);
+        let bus: SocketAddr = redis.url().trim_start_matches("redis://").parse().expect("the address of Redis");
+        let mut members = Vec::new();
+        for n in 0..nodes {
+            let (store, hints) = (Proxy::start(of(postgres.port())).await, Proxy::start(bus).await);
+            let (on, bus) = (on(&store), format!("[redis]\nurl = \"redis://{}\"", hints.address()));
+            let config = format!("{config}\n[node]\nname = \"node-{n}\"\n{on}\n{bus}");
+            let ways = HashMap::from([(Server::Postgres, store), (Server::Redis, hints)]);
+            members.push(Member::start(&config, ways, true).await);
+        }
+        Self { members, servers: Servers { postgres: Some(postgres), redis: Some(redis), broker: None } }
+    }
+
     /// What can go wrong here.
     pub fn terrain(&self) -> Terrain {
         let Servers { postgres, redis, broker } = &self.servers;
