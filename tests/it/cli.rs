@@ -168,6 +168,7 @@ async fn chat_takes_its_stream_up_again_after_the_node_died() {
     let client = node.client();
     // Long enough that the node is killed before the answer, also on a busy machine.
     scripted(&client, "slow", "here I am again", 8000).await;
+    let mut events = Http::open(client.request(Method::GET, "/v1/instances/slow/events")).await;
     let mut chat = sophont(&["chat", "slow", "--url", &url(&node)]);
     let (mut input, errors) = (tempfile::tempfile().unwrap(), node.home().join("chat.err"));
     std::io::Write::write_all(&mut input, b"are you there\n").unwrap();
@@ -175,10 +176,8 @@ async fn chat_takes_its_stream_up_again_after_the_node_died() {
     let answers = node.home().join("chat.out");
     chat.stdin(input).stdout(std::fs::File::create(&answers).unwrap());
     let mut chat = chat.stderr(std::fs::File::create(&errors).unwrap()).kill_on_drop(true).spawn().unwrap();
-    wait_until("the message is accepted", PATIENCE, async || {
-        client.get("/v1/instances/slow").await.json()["inbox"].as_u64() == Some(1)
-    })
-    .await;
+    // Words come long after the answer's stream was opened: chat has heard of the node by then, and is not told "nobody there".
+    events.until("event: token").await;
     node.kill9().await;
     wait_until("chat notices", PATIENCE, async || std::fs::read_to_string(&errors).unwrap().contains("trying again"))
         .await;
