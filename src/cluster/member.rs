@@ -232,6 +232,9 @@ impl Owners for Map {
     }
 
     fn owner(&self, shard: u32) -> Owner {
+        if self.shards.is_leaving(shard) {
+            return Owner::Leaving;
+        }
         if self.shards.epoch(shard).is_some() {
             return Owner::Here;
         }

@@ -54,16 +54,13 @@ struct Inner {
     shards: Shards,
     /// None where there are only the shards that are here.
     member: Option<Member>,
-    /// Whether anything was ever forwarded: until then nothing can be overtaken.
-    forwards: AtomicBool,
     draining: AtomicBool,
 }
 
 impl Router {
     /// Over the shards of this node; what is not here goes the way of the member, if there is one.
     pub fn new(environment: Arc<Environment>, shards: Shards, member: Option<Member>) -> Self {
-        let (forwards, draining) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self(Arc::new(Inner { environment, shards, member, forwards, draining }))
+        Self(Arc::new(Inner { environment, shards, member, draining: AtomicBool::new(false) }))
     }
 
     /// Delivers a stimulus to its instance, activating it if need be, and waits as long as `until` says.
@@ -119,8 +116,9 @@ impl Router {
             waiter.tell(Err(Error::Draining));
             return Err(Error::Draining);
         }
-        if let Some(member) = self.0.member.as_ref().filter(|_| self.0.forwards.load(Ordering::Acquire))
-            && member.forwarder().holds(key, stimulus.sender.as_deref())
+        if let Some(member) = &self.0.member
+            && (member.forwarder().holds(key, stimulus.sender.as_deref())
+                || self.0.shards.is_leaving(self.0.shards.shard_of(key)))
         {
             member.forwarder().forward(key, Waiting::arrived(stimulus, expected, waiter));
             return Ok(receiver);
@@ -128,7 +126,6 @@ impl Router {
         match (self.0.shards.tell(key, What::Deliver(stimulus, expected, waiter)), &self.0.member) {
             (Ok(()), _) => {}
             (Err(What::Deliver(stimulus, expected, waiter)), Some(member)) => {
-                self.0.forwards.store(true, Ordering::Release);
                 member.forwarder().forward(key, Waiting::arrived(stimulus, expected, waiter));
             }
             (Err(what), _) => what.refuse(Error::Fenced),

@@ -185,6 +185,15 @@ pub enum What {
     Observe(oneshot::Sender<Option<message::Observed>>),
 }
 
+impl Drop for ShardActor {
+    /// Also after a panic: nothing waits for a shard that is gone.
+    fn drop(&mut self) {
+        if self.tenure.is_over() {
+            self.tenure.settle();
+        }
+    }
+}
+
 impl Handler<To> for ShardActor {
     type Result = ();
 
@@ -192,7 +201,8 @@ impl Handler<To> for ShardActor {
         if let What::Observe(answer) = what {
             return self.observe(&key, answer);
         }
-        if self.tenure.is_over() {
+        // A resident hands over what it has before what comes now.
+        if self.tenure.is_over() && !self.residents.contains_key(&key) {
             return self.hand_over(&key, what);
         }
         let Some(address) = self.resident(&key, ctx) else {
@@ -267,12 +277,26 @@ impl Handler<End> for ShardActor {
 
     fn handle(&mut self, _: End, ctx: &mut Context<Self>) {
         self.tenure.end();
-        for (_, resident) in self.residents.drain(..) {
+        for resident in self.residents.values() {
             // A resident whose mailbox is full learns it from its next commit.
             drop(resident.address.try_send(message::Fence));
         }
-        // Not at once: what stands in the mailbox of a shard that is over is handed over, too.
-        ctx.run_later(LINGER, |_, ctx| ctx.stop());
+        // Whoever answers this has taken everything before it; what was with the store then is counted as busy.
+        let observed = self.residents.values().map(|resident| resident.address.send(message::Observe { pack: false }));
+        let observed = futures_util::future::join_all(observed.collect::<Vec<_>>());
+        let tenure = self.tenure.clone();
+        ctx.spawn(
+            async move {
+                drop(observed.await);
+                tenure.busy.none().await;
+            }
+            .into_actor(self)
+            .map(|(), shard, ctx| {
+                shard.tenure.settle();
+                // Not at once: what stands in the mailbox of a shard that is over is handed over, too.
+                ctx.run_later(LINGER, |_, ctx| ctx.stop());
+            }),
+        );
     }
 }
 

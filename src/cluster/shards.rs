@@ -7,7 +7,10 @@
 //! Tests: `tests/it/tenure.rs`, `tests/it/panic.rs`.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -38,6 +41,9 @@ struct Inner {
     arbiters: Vec<ArbiterHandle>,
     /// One at a time changes the table.
     changing: Mutex<()>,
+    /// Tenures that are over and not settled, and how many, read without the lock.
+    leaving: Mutex<Vec<Arc<Tenure>>>,
+    left: AtomicUsize,
 }
 
 /// A shard that lives here.
@@ -51,7 +57,15 @@ impl Shards {
     /// A table of so many shards of which none is here.
     pub fn new(environment: Arc<Environment>, count: u32, arbiters: Vec<ArbiterHandle>) -> Self {
         let table = ArcSwap::from_pointee(vec![None; count as usize]);
-        Self(Arc::new(Inner { environment, count, table, arbiters, changing: Mutex::default() }))
+        Self(Arc::new(Inner {
+            environment,
+            count,
+            table,
+            arbiters,
+            changing: Mutex::default(),
+            leaving: Mutex::default(),
+            left: AtomicUsize::new(0),
+        }))
     }
 
     /// How many shards there are, here or elsewhere.
@@ -72,6 +86,24 @@ impl Shards {
     /// Whether the instance's shard is here.
     pub fn has(&self, key: &InstanceKey) -> bool {
         self.epoch(self.shard_of(key)).is_some()
+    }
+
+    /// Whether something of an earlier tenure of this shard is still in hand here: what comes now must wait behind it.
+    pub fn is_leaving(&self, shard: u32) -> bool {
+        if self.0.left.load(Ordering::Acquire) == 0 {
+            return false;
+        }
+        let mut leaving = self.0.leaving.lock().unwrap_or_else(PoisonError::into_inner);
+        leaving.retain(|tenure| !tenure.is_settled());
+        self.0.left.store(leaving.len(), Ordering::Release);
+        leaving.iter().any(|tenure| tenure.shard == shard)
+    }
+
+    /// A tenure ends. To be told before its shard leaves the table, so that nothing slips between.
+    fn leave(&self, tenure: &Arc<Tenure>) {
+        let mut leaving = self.0.leaving.lock().unwrap_or_else(PoisonError::into_inner);
+        leaving.push(tenure.clone());
+        self.0.left.store(leaving.len(), Ordering::Release);
     }
 
     /// The shards that are here.
@@ -177,6 +209,9 @@ impl Shards {
         let _one = self.0.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let mut table = (**self.0.table.load()).clone();
         let old = std::mem::replace(table.get_mut(shard as usize)?, next);
+        if let Some(old) = &old {
+            self.leave(&old.tenure);
+        }
         self.0.table.store(Arc::new(table));
         old
     }

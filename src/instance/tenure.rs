@@ -34,6 +34,7 @@ pub struct Tenure {
     /// Instances of the shard with work in hand.
     pub busy: Busy,
     over: AtomicBool,
+    settled: AtomicBool,
     /// Stimuli lodged for the shard that are known of.
     lodged: AtomicU64,
     elsewhere: Option<Arc<dyn Elsewhere>>,
@@ -42,7 +43,15 @@ pub struct Tenure {
 impl Tenure {
     /// A tenure that begins. Without `elsewhere`, what cannot be decided here is refused.
     pub fn new(shard: u32, epoch: u64, elsewhere: Option<Arc<dyn Elsewhere>>) -> Self {
-        Self { shard, epoch, busy: Busy::default(), over: AtomicBool::new(false), lodged: AtomicU64::new(0), elsewhere }
+        Self {
+            shard,
+            epoch,
+            busy: Busy::default(),
+            over: AtomicBool::new(false),
+            settled: AtomicBool::new(false),
+            lodged: AtomicU64::new(0),
+            elsewhere,
+        }
     }
 
     /// The right under which an instance writes that has read what waits for it when so many were lodged.
@@ -68,6 +77,16 @@ impl Tenure {
     /// Whether it has ended.
     pub fn is_over(&self) -> bool {
         self.over.load(Ordering::Acquire)
+    }
+
+    /// Nothing is in hand any more of what came before the end.
+    pub fn settle(&self) {
+        self.settled.store(true, Ordering::Release);
+    }
+
+    /// Whether nothing is in hand any more. What comes for the shard meanwhile must wait, or it would overtake.
+    pub fn is_settled(&self) -> bool {
+        self.settled.load(Ordering::Acquire)
     }
 
     /// The store refused the epoch: ends it and says so.

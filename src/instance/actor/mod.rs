@@ -300,7 +300,11 @@ impl InstanceActor {
 
     fn go_on(&mut self, ctx: &mut Context<Self>) {
         if self.phase == Phase::Fenced {
-            return self.hand_over_all();
+            // A unit that is still with the store comes before everything behind it, whatever becomes of it.
+            if self.agenda.as_ref().is_none_or(|agenda| agenda.out.is_none()) {
+                self.hand_over_all();
+            }
+            return;
         }
         let Some(agenda) = self.agenda.as_deref_mut().filter(|_| self.phase == Phase::Active) else { return };
         if agenda.out.is_some() {
