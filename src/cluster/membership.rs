@@ -360,7 +360,7 @@ impl Keeper {
             tracing::info!("this node was asked to drain");
         }
         if !moves.lost.is_empty() {
-            tracing::warn!(shards = ?moves.lost, "lost to other nodes");
+            tracing::warn!(shards = moves.lost.len(), "lost to other nodes");
             self.meters.lost.increment(moves.lost.len() as u64);
             self.parts.holder.drop_now(&moves.lost);
         }
@@ -391,7 +391,7 @@ impl Keeper {
         let answer = timeout(self.limit(), self.parts.ownership.take(&self.shared.node, claims)).await;
         match answer.unwrap_or_else(|_| Err(late())) {
             Ok(fences) => {
-                tracing::info!(shards = ?fences.iter().map(|fence| fence.shard).collect::<Vec<_>>(), "taken");
+                tracing::info!(shards = fences.len(), "taken");
                 self.meters.taken.increment(fences.len() as u64);
                 self.lease.taken(&fences);
                 for fence in &fences {
