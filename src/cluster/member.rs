@@ -1,8 +1,8 @@
 //! A node's part in a cluster, put together: what the membership takes becomes open shards, what is elsewhere is forwarded, and
 //! the others are told.
 //!
-//! Owns: the wiring ([`Member`]), who owns what as forwarding sees it ([`Map`]), opening and closing as the membership wants it
-//! ([`Held`]). Not here: any of the parts. A node that is alone is a member of a cluster of one, on this path.
+//! Owns: the wiring ([`Member`]), who owns what as forwarding sees it (`Map`), opening and closing as the membership wants it
+//! (`Held`). Not here: any of the parts. A node that is alone is a member of a cluster of one, on this path.
 //! Tests: `tests/it/cluster.rs`.
 
 use std::{

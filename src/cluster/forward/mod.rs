@@ -1,7 +1,7 @@
 //! Forwarding: getting a stimulus to the node that owns its instance, or into the store when that node cannot be had.
 //!
-//! Owns: the shell around the [`lanes`] (bus, store, clock), work that other nodes forward ([`serve`]), those who wait for a
-//! decision made elsewhere ([`await_decision`]), questions to owners. Not here: who owns what ([`Owners`]), what a shard does
+//! Owns: the shell around the [`lanes`] (bus, store, clock), work that other nodes forward (`serve`), those who wait for a
+//! decision made elsewhere (`await_decision`), questions to owners. Not here: who owns what ([`Owners`]), what a shard does
 //! with a stimulus ([`Here`]).
 //!
 //! Invariants: whoever hands something in is answered, by the owner, by the store, or by its own deadline; nothing here

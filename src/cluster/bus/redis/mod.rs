@@ -1,6 +1,6 @@
 //! The bus over Redis: each life of a node has a stream as its mailbox, and all nodes share one for broadcasts.
 //!
-//! Owns: one task that writes ([`writer`]), pipelined, and one that reads ([`reader`]); what both know of the connection.
+//! Owns: one task that writes (`writer`), pipelined, and one that reads (`reader`); what both know of the connection.
 //! Not here: frames, messages.
 //!
 //! Invariants:
