@@ -387,6 +387,8 @@ async fn open_store(config: &Config, clock: &Clock, handle: &tokio::runtime::Han
             let options = postgres::Options {
                 #[cfg(feature = "faults")]
                 dedupe: !config.faults.dedupe_off,
+                #[cfg(feature = "faults")]
+                disk_full_file: config.faults.disk_full_file.clone(),
                 ..postgres::Options::default()
             };
             let (shards, handle) = (config.cluster.shards, handle.clone());

@@ -82,7 +82,7 @@ fn assert_found(output: &Output, verdict: &Value, kinds: &[&str]) {
 }
 
 #[tokio::test]
-async fn kept_promises_are_found_kept_by_a_node_and_in_its_folder() {
+async fn kept_promises_are_found_kept_by_a_node_and_in_its_store() {
     let mut node = Node::start().await;
     node.client().put_instance("lamp", &echo()).await;
     let (mut ann, mut bob) = (Client::new("ann"), Client::new("bob"));
@@ -94,17 +94,16 @@ async fn kept_promises_are_found_kept_by_a_node_and_in_its_folder() {
     ann.sends("lamp"); // it never left, or never arrived: nobody knows
     let (ann, bob) = (ann.write(node.home()), bob.write(node.home()));
     let url = format!("http://{}", node.http());
-    let folder = node.data_dir();
+    let stored = node.stored();
     let (output, by_node) = check(&[&ann, &bob], &["--url", &url, "--url", &url]).await;
     assert_found(&output, &by_node, &[]);
     assert_eq!((&by_node["sent"], &by_node["acked"], &by_node["turns"]), (&10.into(), &9.into(), &9.into()));
 
     // While the node runs, after it was killed, and after it stopped in order; always the same, and nothing is changed.
-    let folder = folder.to_str().unwrap();
     for round in 0..3 {
-        let (output, by_folder) = check(&[&ann, &bob], &["--data-dir", folder]).await;
-        assert_found(&output, &by_folder, &[]);
-        assert_eq!(by_folder, by_node);
+        let (output, by_store) = check(&[&ann, &bob], &[&stored[0], &stored[1]]).await;
+        assert_found(&output, &by_store, &[]);
+        assert_eq!(by_store, by_node);
         match round {
             0 => node.kill9().await,
             1 => {
@@ -158,8 +157,8 @@ async fn what_waits_and_what_is_dead_is_not_lost() {
     .await;
     let log = ann.write(node.home());
     let url = format!("http://{}", node.http());
-    let data_dir = node.data_dir();
-    for place in [["--url", &url], ["--data-dir", data_dir.to_str().unwrap()]] {
+    let stored = node.stored();
+    for place in [["--url", &url], [&stored[0], &stored[1]]] {
         let (output, verdict) = check(&[&log], &place).await;
         assert_found(&output, &verdict, &[]);
         assert_eq!((&verdict["waiting"], &verdict["dead"]), (&1.into(), &1.into()), "{verdict:#}");

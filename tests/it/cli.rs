@@ -7,7 +7,7 @@ use reqwest::Method;
 use serde_json::{Value, json};
 use tokio::process::Command;
 
-use crate::support::{Http, Node, PATIENCE, program, wait_for, wait_until};
+use crate::support::{About, Http, Node, PATIENCE, program, wait_for, wait_until};
 
 fn sophont(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_sophont"));
@@ -47,7 +47,7 @@ async fn scripted(client: &Http, id: &str, reply: &str, delay_ms: u64) {
 
 #[tokio::test]
 async fn a_start_says_where_it_listens_and_logs_the_rest() {
-    let node = Node::builder().config("[node]\nname = \"n-1\"\n").start().await;
+    let node = Node::builder().about(About::Folder).config("[node]\nname = \"n-1\"\n").start().await;
     let lines: Vec<String> = node.stdout().lines().map(String::from).collect();
     assert_eq!(
         lines,
@@ -88,8 +88,8 @@ async fn an_open_address_without_credentials_is_refused() {
 
 #[tokio::test]
 async fn a_second_process_on_the_same_data_folder_is_refused() {
-    let first = Node::start().await;
-    let mut second = Node::builder().data_dir(first.data_dir()).launch();
+    let first = Node::builder().about(About::Folder).start().await;
+    let mut second = Node::builder().about(About::Folder).data_dir(first.data_dir()).launch();
     let status = second.wait_exit(PATIENCE).await;
     assert_eq!(status.code(), Some(1), "{}", second.log());
     let said = second.log();

@@ -331,6 +331,10 @@ impl Lane {
     }
 
     async fn attempt(&mut self, batch: &[Job]) -> Tried {
+        #[cfg(feature = "faults")]
+        if self.shared.disk_full_file.as_ref().is_some_and(|file| file.exists()) {
+            return Tried::Failed(Failure::Refused(Error::Full(String::from("a fault on demand says so"))));
+        }
         self.number += 1;
         let number = self.number;
         let needed = batch.len().max(LIVES_AT_ONCE / 4);

@@ -32,6 +32,8 @@ mod rows;
 mod sql;
 mod writes;
 
+#[cfg(feature = "faults")]
+use std::path::PathBuf;
 use std::{
     sync::{
         Arc, Mutex, PoisonError,
@@ -84,11 +86,19 @@ pub struct Options {
     pub dedupe: bool,
     /// How long a batch that was surely not written is tried again while there is no connection.
     pub patience: Duration,
+    /// Commits fail with [`Error::Full`] while this file exists.
+    #[cfg(feature = "faults")]
+    pub disk_full_file: Option<PathBuf>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { dedupe: true, patience: Duration::from_secs(5) }
+        Self {
+            dedupe: true,
+            patience: Duration::from_secs(5),
+            #[cfg(feature = "faults")]
+            disk_full_file: None,
+        }
     }
 }
 
@@ -104,6 +114,8 @@ struct Shared {
     dedupe: bool,
     max_batch: usize,
     patience: Duration,
+    #[cfg(feature = "faults")]
+    disk_full_file: Option<PathBuf>,
     /// Opens a transaction; behind a pooler with its settings.
     begin: String,
     prepared: bool,
@@ -203,6 +215,8 @@ impl PostgresStore {
             dedupe: options.dedupe,
             max_batch: config.max_batch,
             patience: options.patience,
+            #[cfg(feature = "faults")]
+            disk_full_file: options.disk_full_file,
             begin,
             prepared: !pooled,
             writers: target.pool(lanes + 1 + OTHER_WRITERS, wait)?,

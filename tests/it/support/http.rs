@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use reqwest::{Method, StatusCode, header::HeaderMap};
 use serde_json::{Value, json};
 
-use super::{PATIENCE, wait_for};
+use super::{PATIENCE, balancer, truth, wait_for};
 
 /// Longest wait for one answer.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -14,7 +14,7 @@ const DEADLINE: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone)]
 pub struct Http {
     client: reqwest::Client,
-    base: String,
+    address: SocketAddr,
     token: Option<String>,
 }
 
@@ -69,10 +69,16 @@ impl Answer {
 }
 
 impl Http {
-    /// A client of this address.
+    /// A client of this address. Before a balancer each request is a connection, so that it goes to another node each time.
     pub fn new(address: SocketAddr) -> Self {
-        let client = reqwest::Client::builder().no_proxy().timeout(DEADLINE).build().expect("an HTTP client");
-        Self { client, base: format!("http://{address}"), token: None }
+        let client = reqwest::Client::builder().no_proxy().timeout(DEADLINE);
+        let client = if truth::asked().nodes() > 1 { client.pool_max_idle_per_host(0) } else { client };
+        Self { client: client.build().expect("an HTTP client"), address, token: None }
+    }
+
+    /// A client of each node behind the address.
+    pub fn each(&self) -> Vec<Self> {
+        balancer::behind(self.address).into_iter().map(|address| Self { address, ..self.clone() }).collect()
     }
 
     /// The same client with a bearer token.
@@ -83,7 +89,7 @@ impl Http {
 
     /// The URL of a path.
     pub fn url(&self, path: &str) -> String {
-        format!("{}{path}", self.base)
+        format!("http://{}{path}", self.address)
     }
 
     /// A request to be finished by hand: headers, streaming bodies.

@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub mod balancer;
 pub mod cluster;
 pub mod device;
 pub mod http;
@@ -20,11 +21,13 @@ pub mod postgres;
 pub mod program;
 pub mod redis;
 pub mod tls;
+pub mod truth;
 
 pub use http::{Answer, Http};
 pub use mosquitto::Mosquitto;
 pub use node::Node;
 pub use postgres::Postgres;
+pub use truth::About;
 
 /// How long a thing that should be quick may take on a machine busy with other tests.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -84,14 +87,18 @@ pub fn resident_kb(pid: u32) -> u64 {
     line.split_whitespace().next().and_then(|number| number.parse().ok()).expect("a number")
 }
 
-/// The sum of a metric's series on a node's page; with labels in braces, the one series.
+/// The sum of a metric's series on a node's page, or on the pages of all nodes behind a balancer; with labels in braces, the
+/// one series.
 pub async fn metric(http: &Http, name: &str) -> f64 {
-    let page = http.get("/metrics").await.text;
     let value = |line: &str| {
         let rest = line.strip_prefix(name)?;
         (rest.starts_with([' ', '{'])).then(|| rest.rsplit(' ').next()?.parse::<f64>().ok()).flatten()
     };
-    page.lines().filter_map(value).sum()
+    let mut sum = 0.0;
+    for node in http.each() {
+        sum += node.get("/metrics").await.text.lines().filter_map(value).sum::<f64>();
+    }
+    sum
 }
 
 /// The repository's root.

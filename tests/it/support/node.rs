@@ -1,7 +1,7 @@
 //! A node: the real binary in a process of its own, on free ports and a temporary data folder.
 //!
-//! With `SOPHONT_TEST_STORE=postgres` in the environment, nodes whose test does not configure the store keep everything in a
-//! database instead, one for each data folder.
+//! As `SOPHONT_TEST_STORE` says (`truth`), one whose test does not configure the store keeps everything in a database instead,
+//! one for each data folder, or is three processes behind a balancer, which are started, told and killed together.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -19,7 +19,13 @@ use nix::{
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
 
-use super::{Http, PATIENCE, free_port, postgres, wait_for};
+use super::{
+    Http, PATIENCE,
+    balancer::Balancer,
+    free_port, postgres,
+    truth::{About, Cluster, Truth, database},
+    wait_for, wait_until,
+};
 
 /// What to start, and how.
 #[derive(Debug, Clone, Default)]
@@ -30,6 +36,7 @@ pub struct Builder {
     data_dir: Option<PathBuf>,
     ports: Option<(u16, u16)>,
     no_mqtt: bool,
+    about: Option<About>,
 }
 
 impl Builder {
@@ -70,23 +77,38 @@ impl Builder {
         self
     }
 
+    /// Says why the test is not about every store.
+    pub fn about(mut self, about: About) -> Self {
+        self.about = Some(about);
+        self
+    }
+
+    /// Whether the test puts the store where it wants it.
+    fn has_store(&self) -> bool {
+        let own = |text: &String| text.contains("store.") || text.contains("[store");
+        own(&self.config) || self.arguments.iter().any(own)
+    }
+
+    fn truth(&self) -> Truth {
+        if self.has_store() { Truth::Sqlite } else { Truth::of(self.about) }
+    }
+
     /// Starts it and waits until it says `ready`.
     ///
     /// # Panics
     /// When it ends or stays silent; its standard error is printed.
     pub async fn start(self) -> Node {
-        let home = TempDir::new().expect("a temporary folder");
-        let mut node = Node::assemble(self, Arc::new(home));
-        node.launch();
+        let mut node = Node::assemble(self);
+        node.launch_all().await;
         node.until_ready().await;
         node
     }
 
-    /// Starts it without waiting: for starts that must fail.
-    pub fn launch(self) -> Node {
-        let home = TempDir::new().expect("a temporary folder");
-        let mut node = Node::assemble(self, Arc::new(home));
-        node.launch();
+    /// Starts it without waiting: for starts that must fail. One process, whatever store is asked for.
+    pub fn launch(mut self) -> Node {
+        self.about.get_or_insert(About::Process);
+        let mut node = Node::assemble(self);
+        node.launch(0);
         node
     }
 }
@@ -96,11 +118,21 @@ impl Builder {
 pub struct Node {
     home: Arc<TempDir>,
     builder: Builder,
+    processes: Vec<Process>,
+    /// What several processes have in common.
+    cluster: Option<Cluster>,
+    /// The doors of several processes: HTTP and MQTT.
+    front: Option<(Balancer, Balancer)>,
+    started: Instant,
+    ready_after: Duration,
+}
+
+/// One process of a node.
+#[derive(Debug, Default)]
+struct Process {
     child: Option<Child>,
     http: Option<SocketAddr>,
     mqtt: Option<SocketAddr>,
-    started: Instant,
-    ready_after: Duration,
 }
 
 impl Node {
@@ -114,13 +146,14 @@ impl Node {
         Builder::default()
     }
 
-    fn assemble(builder: Builder, home: Arc<TempDir>) -> Self {
+    fn assemble(builder: Builder) -> Self {
+        let count = builder.truth().nodes();
         Self {
-            home,
+            home: Arc::new(TempDir::new().expect("a temporary folder")),
             builder,
-            child: None,
-            http: None,
-            mqtt: None,
+            processes: (0..count).map(|_| Process::default()).collect(),
+            cluster: None,
+            front: (count > 1).then(|| (Balancer::start(), Balancer::start())),
             started: Instant::now(),
             ready_after: Duration::ZERO,
         }
@@ -128,12 +161,14 @@ impl Node {
 
     /// The address of the HTTP door.
     pub fn http(&self) -> SocketAddr {
-        self.http.expect("the node is not ready, so it has no HTTP address")
+        let front = self.front.as_ref().map(|(http, _)| http.address());
+        front.or(self.processes[0].http).expect("the node is not ready, so it has no HTTP address")
     }
 
     /// The address of the MQTT door.
     pub fn mqtt(&self) -> SocketAddr {
-        self.mqtt.expect("the node is not ready or has no MQTT listener")
+        let front = self.front.as_ref().map(|(_, mqtt)| mqtt.address());
+        front.or(self.processes[0].mqtt).expect("the node is not ready or has no MQTT listener")
     }
 
     /// A client of the HTTP door, without a token.
@@ -151,9 +186,23 @@ impl Node {
         self.home.path()
     }
 
-    /// The process id.
+    /// The arguments with which a program reads what this node has stored, without the node.
+    pub fn stored(&self) -> [String; 2] {
+        let path = |path: PathBuf| path.to_str().expect("a path in UTF-8").to_owned();
+        if self.builder.truth() == Truth::Sqlite {
+            return [String::from("--data-dir"), path(self.data_dir())];
+        }
+        let file = self.home.path().join("stored.toml");
+        let url = postgres::database_of(&self.data_dir());
+        let config = format!("[store]\nbackend = \"postgres\"\n[store.postgres]\nurl = \"{url}\"\n");
+        let shards = self.cluster.as_ref().map(|_| format!("[cluster]\nshards = {}\n", Cluster::SHARDS));
+        fs::write(&file, config + &shards.unwrap_or_default()).expect("a config file is written");
+        [String::from("--config"), path(file)]
+    }
+
+    /// The process id; of several, the first one's.
     pub fn pid(&self) -> u32 {
-        self.child.as_ref().and_then(Child::id).expect("the node is not running")
+        self.processes[0].child.as_ref().and_then(Child::id).expect("the node is not running")
     }
 
     /// Time from the start of the process until it said `ready`.
@@ -161,34 +210,46 @@ impl Node {
         self.ready_after
     }
 
+    fn file(&self, process: usize, name: &str) -> PathBuf {
+        self.home.path().join(if process == 0 { name.to_owned() } else { format!("{process}-{name}") })
+    }
+
+    fn read(&self, process: usize, name: &str) -> String {
+        fs::read_to_string(self.file(process, name)).unwrap_or_default()
+    }
+
     /// What it wrote to standard error since the first start.
     pub fn log(&self) -> String {
-        fs::read_to_string(self.home.path().join("stderr.log")).unwrap_or_default()
+        (0..self.processes.len()).map(|process| self.read(process, "stderr.log")).collect()
     }
 
-    /// What it wrote to standard output since the last start.
+    /// What it wrote to standard output since the last start; of several processes, the first one.
     pub fn stdout(&self) -> String {
-        fs::read_to_string(self.home.path().join("stdout.log")).unwrap_or_default()
+        self.read(0, "stdout.log")
     }
 
-    /// The arguments that put the store elsewhere, if the environment says so.
-    fn database(&self) -> Vec<String> {
-        let wanted = std::env::var("SOPHONT_TEST_STORE").is_ok_and(|store| store == "postgres");
-        let own = |text: &String| text.contains("store.") || text.contains("[store");
-        if !wanted || own(&self.builder.config) || self.builder.arguments.iter().any(own) {
-            return Vec::new();
+    async fn launch_all(&mut self) {
+        if self.processes.len() > 1 && self.cluster.is_none() {
+            self.cluster = Some(Cluster::new().await);
         }
-        postgres::arguments(&postgres::database_of(&self.data_dir()))
+        self.started = Instant::now();
+        (0..self.processes.len()).for_each(|process| self.launch(process));
     }
 
-    fn launch(&mut self) {
+    fn launch(&mut self, process: usize) {
         let home = self.home.path();
         let config = home.join("sophont.toml");
         fs::write(&config, &self.builder.config).expect("the config file is written");
-        let (http, mqtt) = self.builder.ports.unwrap_or((0, 0));
-        let stdout = File::create(home.join("stdout.log")).expect("a file for standard output");
-        let stderr = OpenOptions::new().create(true).append(true).open(home.join("stderr.log"));
-        self.started = Instant::now();
+        let ports = self.builder.ports.filter(|_| self.processes.len() == 1);
+        let (http, mqtt) = ports.unwrap_or((0, 0));
+        let stdout = File::create(self.file(process, "stdout.log")).expect("a file for standard output");
+        let stderr = OpenOptions::new().create(true).append(true).open(self.file(process, "stderr.log"));
+        let truth = self.builder.truth();
+        let mut arguments = Vec::new();
+        if truth != Truth::Sqlite {
+            arguments = database(&postgres::database_of(&self.data_dir()));
+        }
+        arguments.extend(self.cluster.iter().flat_map(|cluster| cluster.arguments(process)));
         let child = Command::new(program())
             .arg("serve")
             .arg("--config")
@@ -197,7 +258,7 @@ impl Node {
             .arg(self.data_dir())
             .args(["--http", &format!("127.0.0.1:{http}"), "--mqtt", &format!("127.0.0.1:{mqtt}")])
             .args(&self.builder.arguments)
-            .args(self.database())
+            .args(arguments)
             .envs(self.builder.environment.iter().cloned())
             .current_dir(home)
             .stdin(Stdio::null())
@@ -206,8 +267,7 @@ impl Node {
             .kill_on_drop(true)
             .spawn()
             .expect("the sophont binary starts");
-        (self.http, self.mqtt) = (None, None);
-        self.child = Some(child);
+        self.processes[process] = Process { child: Some(child), http: None, mqtt: None };
     }
 
     /// Waits for `ready` and takes the addresses.
@@ -215,31 +275,58 @@ impl Node {
     /// # Panics
     /// When it ends first or the deadline passes.
     pub async fn until_ready(&mut self) {
+        for process in 0..self.processes.len() {
+            self.until_one_is_ready(process).await;
+        }
+        self.ready_after = self.started.elapsed();
+        if let Some((http, mqtt)) = &self.front {
+            http.set(self.processes.iter().filter_map(|process| process.http).collect());
+            mqtt.set(self.processes.iter().filter_map(|process| process.mqtt).collect());
+            self.until_shared_out().await;
+        }
+    }
+
+    async fn until_one_is_ready(&mut self, number: usize) {
         let stdout = wait_for("the node says `ready`", PATIENCE, async || {
-            let stdout = self.stdout();
+            let stdout = self.read(number, "stdout.log");
             if stdout.lines().any(|line| line.trim() == "ready") {
                 return Some(stdout);
             }
-            let ended = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten());
+            let ended = self.processes[number].child.as_mut().and_then(|child| child.try_wait().ok().flatten());
             assert!(ended.is_none(), "the node ended with {ended:?} before it was ready; it printed:\n{stdout}");
             None
         })
         .await;
-        self.ready_after = self.started.elapsed();
-        self.http = Some(address(&stdout, "http listening on ").unwrap_or_else(|| {
+        let http = address(&stdout, "http listening on ").unwrap_or_else(|| {
             panic!("no line `http listening on ADDRESS` before `ready` in:\n{stdout}");
-        }));
-        self.mqtt = address(&stdout, "mqtt listening on ");
+        });
+        let mqtt = address(&stdout, "mqtt listening on ");
         assert!(
-            self.mqtt.is_some() || self.builder.no_mqtt,
+            mqtt.is_some() || self.builder.no_mqtt,
             "no line `mqtt listening on ADDRESS` before `ready` in:\n{stdout}"
         );
+        let process = &mut self.processes[number];
+        (process.http, process.mqtt) = (Some(http), mqtt);
+    }
+
+    /// Each process owns its share of the shards, and those of an earlier life own none.
+    async fn until_shared_out(&self) {
+        let nodes = self.client().each();
+        let each = Cluster::SHARDS as f64 / nodes.len() as f64 - 1.0;
+        wait_until("each process owns its share", PATIENCE, async || {
+            let open = futures_util::future::join_all(nodes.iter().map(open_shards)).await;
+            open.iter().sum::<f64>() == Cluster::SHARDS as f64 && open.iter().all(|open| *open >= each)
+        })
+        .await;
     }
 
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) {
-        let pid = i32::try_from(self.pid()).expect("a process id");
-        kill(Pid::from_raw(pid), signal).expect("the node takes the signal");
+        for process in &self.processes {
+            let pid = process.child.as_ref().and_then(Child::id).expect("the node is not running");
+            let pid = i32::try_from(pid).expect("a process id");
+            kill(Pid::from_raw(pid), signal).expect("the node takes the signal");
+        }
     }
 
     /// SIGKILL, and waits until it is gone.
@@ -253,16 +340,21 @@ impl Node {
         self.signal(Signal::SIGTERM);
     }
 
-    /// Waits until the process ends.
+    /// Waits until the process ends; of several, all of them: the status of one that failed, if any did.
     ///
     /// # Panics
     /// When it still runs at the deadline.
     pub async fn wait_exit(&mut self, deadline: Duration) -> ExitStatus {
-        let child = self.child.as_mut().expect("the node was started");
-        let ended = tokio::time::timeout(deadline, child.wait()).await;
-        let status = ended.unwrap_or_else(|_| panic!("the node still runs after {deadline:?}"));
-        self.child = None;
-        status.expect("the node's exit status")
+        let until = tokio::time::Instant::now() + deadline;
+        let mut all = Vec::new();
+        for process in &mut self.processes {
+            let child = process.child.as_mut().expect("the node was started");
+            let ended = tokio::time::timeout_at(until, child.wait()).await;
+            let status = ended.unwrap_or_else(|_| panic!("the node still runs after {deadline:?}"));
+            process.child = None;
+            all.push(status.expect("the node's exit status"));
+        }
+        all.iter().find(|status| !status.success()).copied().unwrap_or(all[0])
     }
 
     /// Drains it and starts it again on the same data folder.
@@ -273,20 +365,26 @@ impl Node {
         self.start_again().await;
     }
 
+    fn assert_stopped(&self) {
+        let runs = self.processes.iter().any(|process| process.child.is_some());
+        assert!(!runs, "stop the node before it is started again");
+    }
+
     /// Starts a stopped node again on the same data folder.
     pub async fn start_again(&mut self) {
-        assert!(self.child.is_none(), "stop the node before it is started again");
-        self.launch();
+        self.assert_stopped();
+        self.launch_all().await;
         self.until_ready().await;
     }
 
     /// Starts a stopped node and kills it before it is ready: at once, or as soon as it printed a line.
     pub async fn start_and_kill_early(&mut self, at_once: bool) {
-        assert!(self.child.is_none(), "stop the node before it is started again");
-        self.launch();
+        self.assert_stopped();
+        self.launch_all().await;
         if !at_once {
             wait_for("the node prints a line or ends", PATIENCE, async || {
-                let ended = self.child.as_mut().is_some_and(|child| !matches!(child.try_wait(), Ok(None)));
+                let child = self.processes[0].child.as_mut();
+                let ended = child.is_some_and(|child| !matches!(child.try_wait(), Ok(None)));
                 (ended || !self.stdout().is_empty()).then_some(())
             })
             .await;
@@ -299,6 +397,14 @@ impl Node {
         let builder = std::mem::take(&mut self.builder);
         self.builder = change(Builder { config: String::new(), ..builder });
     }
+}
+
+/// Shards that are open at a node, as it says itself.
+async fn open_shards(node: &Http) -> f64 {
+    let page = Http::try_send(node.request(reqwest::Method::GET, "/metrics")).await;
+    let page = page.map(|page| page.text).unwrap_or_default();
+    let line = page.lines().find_map(|line| line.strip_prefix("sophont_cluster_open_shards "));
+    line.and_then(|value| value.trim().parse().ok()).unwrap_or_default()
 }
 
 impl Drop for Node {

@@ -35,6 +35,25 @@ impl Redis {
         server
     }
 
+    /// The address of the one that tests share. A watching shell ends it when the test process is gone, however it went.
+    pub async fn shared() -> String {
+        let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        let script = format!(
+            "'{}' --bind 127.0.0.1 --port {} --save '' --appendonly no --dir / >/dev/null 2>&1 & cat >/dev/null; kill -9 $!",
+            program::find("redis-server").display(),
+            address.port()
+        );
+        let mut watch = std::process::Command::new("/bin/sh");
+        watch.args(["-c", &script]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        // The pipe stays open as long as this process lives.
+        Box::leak(Box::new(watch.spawn().expect("a shell watches")));
+        wait_until("the shared redis-server takes connections", PATIENCE, async || {
+            TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok()
+        })
+        .await;
+        format!("redis://{address}")
+    }
+
     /// Its address; the same after a restart.
     pub fn url(&self) -> String {
         format!("redis://{}", self.address)
