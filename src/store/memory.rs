@@ -534,18 +534,18 @@ impl Data {
 
     fn mqtt(&mut self, write: MqttWrite) {
         match write {
-            MqttWrite::PutSession { tenant, client, record } => {
+            MqttWrite::PutSession { tenant, client, record, .. } => {
                 self.sessions.insert((tenant, client), record);
             }
-            MqttWrite::DropSession { tenant, client } => {
+            MqttWrite::DropSession { tenant, client, .. } => {
                 let key = (tenant, client);
                 self.sessions.remove(&key);
                 self.queued.remove(&key);
             }
-            MqttWrite::Enqueue { tenant, client, order, record } => {
+            MqttWrite::Enqueue { tenant, client, order, record, .. } => {
                 self.queued.entry((tenant, client)).or_default().insert(order, record);
             }
-            MqttWrite::Dequeue { tenant, client, order } => {
+            MqttWrite::Dequeue { tenant, client, order, .. } => {
                 if let Some(queue) = self.queued.get_mut(&(tenant, client)) {
                     queue.remove(&order);
                 }
@@ -556,6 +556,8 @@ impl Data {
             MqttWrite::Retain { tenant, topic, record } => {
                 self.retained.insert((tenant, topic), record);
             }
+            // There is no other node.
+            MqttWrite::Mail { .. } | MqttWrite::Collect { .. } => {}
         }
     }
 

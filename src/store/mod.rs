@@ -33,6 +33,7 @@ pub mod postgres;
 mod rank;
 mod record;
 mod replay;
+pub mod roaming;
 mod scope;
 pub mod sqlite;
 
@@ -398,6 +399,9 @@ pub enum Shipping {
 }
 
 /// A write to the MQTT tables. `record`s are opaque, versioned bytes of the MQTT door. All keys begin with tenant.
+///
+/// `hold` is the number under which the writing node has the session ([`roaming`]): under an older one than the session's the
+/// write is not applied. 0 on a store that one node uses alone.
 #[derive(Debug, Clone)]
 pub enum MqttWrite {
     /// Creates or replaces a session.
@@ -406,6 +410,8 @@ pub enum MqttWrite {
         tenant: TenantId,
         /// MQTT client id.
         client: String,
+        /// Under which number.
+        hold: u64,
         /// The session: subscriptions, expiry, will, connection count.
         record: Bytes,
     },
@@ -415,6 +421,8 @@ pub enum MqttWrite {
         tenant: TenantId,
         /// MQTT client id.
         client: String,
+        /// Under which number.
+        hold: u64,
     },
     /// Appends a message to a session's queue.
     Enqueue {
@@ -422,8 +430,12 @@ pub enum MqttWrite {
         tenant: TenantId,
         /// MQTT client id.
         client: String,
+        /// Under which number.
+        hold: u64,
         /// Order within the session, chosen by the door, growing.
         order: i64,
+        /// Whether it becomes mail for whoever has the session when that is another node by now.
+        or_mail: bool,
         /// The message.
         record: Bytes,
     },
@@ -433,8 +445,30 @@ pub enum MqttWrite {
         tenant: TenantId,
         /// MQTT client id.
         client: String,
+        /// Under which number.
+        hold: u64,
         /// Which.
         order: i64,
+    },
+    /// Leaves a message for a session that another node has. Without such a session nothing is written.
+    Mail {
+        /// Tenant.
+        tenant: TenantId,
+        /// MQTT client id.
+        client: String,
+        /// The message.
+        record: Bytes,
+    },
+    /// Removes mail that was taken.
+    Collect {
+        /// Tenant.
+        tenant: TenantId,
+        /// MQTT client id.
+        client: String,
+        /// Under which number.
+        hold: u64,
+        /// Which.
+        mail: i64,
     },
     /// Sets a retained value; an empty record clears it.
     Retain {
@@ -445,6 +479,20 @@ pub enum MqttWrite {
         /// The message, empty to clear.
         record: Bytes,
     },
+}
+
+impl MqttWrite {
+    /// The session it is written for and the number, where it needs one.
+    pub fn held(&self) -> Option<(&TenantId, &str, u64)> {
+        match self {
+            Self::PutSession { tenant, client, hold, .. }
+            | Self::DropSession { tenant, client, hold }
+            | Self::Enqueue { tenant, client, hold, .. }
+            | Self::Dequeue { tenant, client, hold, .. }
+            | Self::Collect { tenant, client, hold, .. } => (*hold > 0).then_some((tenant, client, *hold)),
+            Self::Mail { .. } | Self::Retain { .. } => None,
+        }
+    }
 }
 
 /// A stored MQTT row, as read at start.

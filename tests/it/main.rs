@@ -26,6 +26,7 @@ mod mqtt_external;
 mod overload;
 mod ownership_contract;
 mod panic;
+mod roaming;
 mod store_contract;
 mod store_model;
 mod store_postgres;

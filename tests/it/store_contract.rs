@@ -862,12 +862,15 @@ async fn mqtt_rows_are_kept(subject: Subject) {
     let session = |client: &str, record: &'static str| MqttWrite::PutSession {
         tenant: tenant.clone(),
         client: client.into(),
+        hold: 0,
         record: record.into(),
     };
     let message = |client: &str, order: i64| MqttWrite::Enqueue {
         tenant: tenant.clone(),
         client: client.into(),
+        hold: 0,
         order,
+        or_mail: true,
         record: format!("m{order}").into_bytes().into(),
     };
     let retain = |topic: &str, record: &'static str| MqttWrite::Retain {
@@ -892,8 +895,8 @@ async fn mqtt_rows_are_kept(subject: Subject) {
         retain("t/2", "on"),
     ];
     write(&*subject.store, writes).await;
-    let drop_session = MqttWrite::DropSession { tenant: tenant.clone(), client: String::from("c2") };
-    let dequeue = MqttWrite::Dequeue { tenant: tenant.clone(), client: String::from("c1"), order: 2 };
+    let drop_session = MqttWrite::DropSession { tenant: tenant.clone(), client: String::from("c2"), hold: 0 };
+    let dequeue = MqttWrite::Dequeue { tenant: tenant.clone(), client: String::from("c1"), hold: 0, order: 2 };
     write(&*subject.store, vec![drop_session, dequeue, retain("t/2", "")]).await;
     subject.reopen(true).await;
     let rows = subject.store.mqtt_rows().await.unwrap();

@@ -284,7 +284,7 @@ impl Broker {
                 }
                 MqttRow::Queued { tenant, client, order, record } => {
                     let Some((session, was_connected)) = sessions.get(&(tenant.clone(), client.clone())) else {
-                        writes.push(MqttWrite::DropSession { tenant, client });
+                        writes.push(MqttWrite::DropSession { tenant, client, hold: 0 });
                         continue;
                     };
                     let mut state = session.lock();
@@ -470,7 +470,7 @@ impl Broker {
     pub(super) fn release_row(&self, session: &Session, ended: Ended) -> oneshot::Receiver<bool> {
         let (tell, done) = oneshot::channel();
         if let Ok(record) = record::encode(&record::Queued::Release) {
-            let writes = vec![session.dequeue(ended.order), session.enqueue(ended.order, record)];
+            let writes = vec![session.dequeue(ended.order), session.enqueue(ended.order, record, false)];
             self.store.mqtt(
                 writes,
                 Done::new(move |end| {

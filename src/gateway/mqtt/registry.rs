@@ -216,7 +216,7 @@ impl Space {
             };
             drop(state);
             if stored {
-                routed.writes.push(session.enqueue(order, rows.of(message, qos, retain, &ids)?));
+                routed.writes.push(session.enqueue(order, rows.of(message, qos, retain, &ids)?, true));
                 routed.held.push((session.clone(), order, qos));
             } else if let Some(link) = link {
                 link.wake();

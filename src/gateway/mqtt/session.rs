@@ -9,7 +9,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU8, Ordering},
+        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
     },
     task::Context,
 };
@@ -96,6 +96,8 @@ pub struct Session {
     pub tenant: TenantId,
     /// Client id.
     pub client: Arc<str>,
+    /// The number under which this node has it in the store; 0 when it has not, or uses the store alone.
+    hold: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -159,7 +161,7 @@ impl State {
 impl Session {
     /// A session nobody connected to yet.
     pub fn new(tenant: TenantId, client: Arc<str>) -> Self {
-        Self { tenant, client, state: Mutex::default() }
+        Self { tenant, client, hold: AtomicU64::new(0), state: Mutex::default() }
     }
 
     /// A session as it was stored.
@@ -175,7 +177,7 @@ impl Session {
             will: record.will,
             ..State::default()
         };
-        Self { tenant, client, state: Mutex::new(state) }
+        Self { tenant, client, hold: AtomicU64::new(0), state: Mutex::new(state) }
     }
 
     /// The state. A panic elsewhere does not make it unusable: every change of it is whole.
@@ -191,22 +193,30 @@ impl Session {
         Ok(MqttWrite::PutSession {
             tenant: self.tenant.clone(),
             client: self.client.to_string(),
+            hold: self.hold(),
             record: record::encode(&state.record())?,
         })
     }
 
     /// The write that removes the session's row and queue.
     pub fn drop_row(&self) -> MqttWrite {
-        MqttWrite::DropSession { tenant: self.tenant.clone(), client: self.client.to_string() }
+        MqttWrite::DropSession { tenant: self.tenant.clone(), client: self.client.to_string(), hold: self.hold() }
     }
 
-    /// The write that adds a message to the session's queue.
-    pub fn enqueue(&self, order: i64, record: Bytes) -> MqttWrite {
-        MqttWrite::Enqueue { tenant: self.tenant.clone(), client: self.client.to_string(), order, record }
+    /// The write that adds a message to the session's queue. `or_mail`: or leaves it for the node that has the session by now.
+    pub fn enqueue(&self, order: i64, record: Bytes, or_mail: bool) -> MqttWrite {
+        let (tenant, client, hold) = (self.tenant.clone(), self.client.to_string(), self.hold());
+        MqttWrite::Enqueue { tenant, client, hold, order, or_mail, record }
     }
 
     /// The write that removes a message from the session's queue.
     pub fn dequeue(&self, order: i64) -> MqttWrite {
-        MqttWrite::Dequeue { tenant: self.tenant.clone(), client: self.client.to_string(), order }
+        let (tenant, client, hold) = (self.tenant.clone(), self.client.to_string(), self.hold());
+        MqttWrite::Dequeue { tenant, client, hold, order }
+    }
+
+    /// The number under which this node has it in the store.
+    pub fn hold(&self) -> u64 {
+        self.hold.load(Ordering::Acquire)
     }
 }

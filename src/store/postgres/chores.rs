@@ -47,6 +47,12 @@ const LANES: Sql = Sql {
              (SELECT lane FROM lanes WHERE used_at < now() - interval '7 days' FOR UPDATE SKIP LOCKED) RETURNING 1",
     types: &[],
 };
+/// Sessions that everybody who follows has seen the end of.
+const GONE: Sql = Sql {
+    text: "DELETE FROM mqtt_gone WHERE (tenant, client) IN (SELECT tenant, client FROM mqtt_gone
+             WHERE at < now() - interval '1 hour' LIMIT $1 FOR UPDATE SKIP LOCKED) RETURNING 1",
+    types: &[Type::INT8],
+};
 
 /// Removes until the store is gone.
 pub(super) async fn run(shared: Weak<Shared>) {
@@ -77,5 +83,6 @@ async fn portion(shared: &Shared) -> Result<usize, Failure> {
     let expired = day(shared.clock.now().plus(-DEDUPE_WINDOW_MS));
     let seen = conn.run(&SEEN, &[&expired, &PORTION]).await?.len();
     let lanes = conn.run(&LANES, &[]).await?.len();
-    Ok(turns + episodes + lives + seen + lanes)
+    let gone = conn.run(&GONE, &[&PORTION]).await?.len();
+    Ok(turns + episodes + lives + seen + lanes + gone)
 }

@@ -16,14 +16,14 @@
 //! Tests: `tests/it/store_contract.rs`, `tests/it/store_postgres.rs`.
 
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{BTreeSet, HashMap, HashSet, VecDeque},
     sync::{Arc, atomic::Ordering},
     time::Duration,
 };
 
 use futures_util::future::join_all;
 use tokio::{sync::mpsc, time::Instant};
-use tokio_postgres::types::Type;
+use tokio_postgres::{Row, types::Type};
 use uuid::Uuid;
 
 use super::{
@@ -34,7 +34,10 @@ use super::{
     sql::{Conn, Param, Sql},
     writes::{Writes, big, int},
 };
-use crate::store::{Committed, Done, Error, Head, Known, MqttWrite, Rejection, Shipping, Unit};
+use crate::{
+    store::{Committed, Done, Error, Head, Known, MqttWrite, Rejection, Shipping, Unit},
+    types::TenantId,
+};
 
 /// Tries of a batch before it is refused or taken apart.
 const TRIES: u32 = 6;
@@ -57,6 +60,13 @@ const RESOLVE: Sql = Sql { text: "SELECT batch FROM lanes WHERE lane = $1 FOR UP
 const HOLD: Sql = Sql {
     text: "SELECT shard, epoch, lodged FROM shards WHERE shard = ANY($1) ORDER BY shard FOR SHARE",
     types: &[Type::INT4_ARRAY],
+};
+/// Sessions that are written, kept from being taken until the batch is over.
+const HOLD_SESSIONS: Sql = Sql {
+    text: "SELECT s.tenant, s.client, s.hold FROM mqtt_sessions s
+           JOIN unnest($1::text[], $2::text[]) g(tenant, client) ON s.tenant = g.tenant AND s.client = g.client
+           ORDER BY s.tenant, s.client FOR NO KEY UPDATE OF s",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY],
 };
 /// As [`HOLD`], for those who change the count of what is lodged.
 const HOLD_TO_LODGE: Sql = Sql {
@@ -396,6 +406,7 @@ impl Attempt<'_> {
             })
             .collect();
         let facts = self.look_up(&questions).await?;
+        let holds = self.hold_sessions(batch).await?;
         let mut writes = Writes::default();
         let mut ends = Vec::with_capacity(batch.len());
         let mut repeats = Vec::new();
@@ -415,7 +426,12 @@ impl Attempt<'_> {
                     continue;
                 }
                 Job::Ship(all, _) => all.iter().for_each(|write| writes.ship(write)),
-                Job::Mqtt(all, _) => all.iter().for_each(|write| writes.mqtt(write)),
+                Job::Mqtt(all, _) => all.iter().for_each(|write| {
+                    let is_held = |(tenant, client, hold): (&TenantId, &str, u64)| {
+                        holds.get(&(tenant.as_str().into(), client.into())) == Some(&hold)
+                    };
+                    writes.mqtt(write, write.held().is_none_or(is_held));
+                }),
                 Job::Probe(_) => {}
             }
             ends.push(Ok(NOTHING));
@@ -427,6 +443,20 @@ impl Attempt<'_> {
         let shards = self.shared.shards;
         writes.flatten(|key| key.shard(shards)).map_err(Failure::Refused)?;
         Ok((ends, writes))
+    }
+
+    /// The numbers under which the sessions that are written are held at present. They stay so until the batch is over.
+    async fn hold_sessions(&self, batch: &[Job]) -> Result<HashMap<(String, String), u64>, Failure> {
+        let writes = batch.iter().filter_map(|job| if let Job::Mqtt(writes, _) = job { Some(writes) } else { None });
+        let written: BTreeSet<(&str, &str)> =
+            writes.flatten().filter_map(MqttWrite::held).map(|(tenant, client, _)| (tenant.as_str(), client)).collect();
+        if written.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let (tenants, clients): (Vec<&str>, Vec<&str>) = written.into_iter().unzip();
+        let found = self.conn.run(&HOLD_SESSIONS, &[&tenants, &clients]).await?;
+        let hold = |row: &Row| Ok(((row.try_get(0)?, row.try_get(1)?), row.try_get::<_, i64>(2)?.unsigned_abs()));
+        found.iter().map(hold).collect()
     }
 
     async fn look_up(&self, questions: &Questions<'_>) -> Result<Facts, Failure> {

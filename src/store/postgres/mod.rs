@@ -28,6 +28,7 @@ mod ownership;
 mod query;
 mod recall;
 mod replica;
+mod roaming;
 mod rows;
 mod sql;
 mod writes;

@@ -63,6 +63,7 @@ macro_rules! with_held {
         )
     };
 }
+pub(super) use with_held;
 
 const NOW: Sql = Sql { text: "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint", types: &[] };
 const NODES: Sql = Sql {
@@ -165,7 +166,7 @@ impl From<tokio_postgres::Error> for Stop {
 }
 
 /// A statement of a transaction, and its parameters.
-type Step<'a> = (&'static Sql, Vec<Param<'a>>);
+pub(super) type Step<'a> = (&'static Sql, Vec<Param<'a>>);
 
 fn millis(lease: std::time::Duration) -> i64 {
     i64::try_from(lease.as_millis()).unwrap_or(i64::MAX)
@@ -214,7 +215,7 @@ async fn view(conn: &Conn) -> Result<View, Failure> {
 
 impl PostgresStore {
     /// Runs statements in one transaction, again when another one disturbed it; the rows of each.
-    async fn transact(&self, steps: &[Step<'_>]) -> Result<Vec<Vec<Row>>, Failure> {
+    pub(super) async fn transact(&self, steps: &[Step<'_>]) -> Result<Vec<Vec<Row>>, Failure> {
         let mut tries = 0;
         loop {
             let tried = async {

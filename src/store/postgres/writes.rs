@@ -128,20 +128,33 @@ const POSTPONED: Sql = Sql {
     ],
 };
 const QUEUES_GONE: Sql = Sql {
-    text: "DELETE FROM mqtt_queue x USING unnest($1::text[], $2::text[]) g(tenant, client)
-           WHERE x.tenant = g.tenant AND x.client = g.client",
+    text: "WITH g AS (SELECT * FROM unnest($1::text[], $2::text[]) g(tenant, client)),
+             mail AS (DELETE FROM mqtt_mail x USING g WHERE x.tenant = g.tenant AND x.client = g.client)
+           DELETE FROM mqtt_queue x USING g WHERE x.tenant = g.tenant AND x.client = g.client",
     types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY],
 };
 const SESSIONS_GONE: Sql = Sql {
-    text: "DELETE FROM mqtt_sessions x USING unnest($1::text[], $2::text[]) g(tenant, client)
-           WHERE x.tenant = g.tenant AND x.client = g.client",
+    text: "WITH gone AS (DELETE FROM mqtt_sessions x USING unnest($1::text[], $2::text[]) g(tenant, client)
+             WHERE x.tenant = g.tenant AND x.client = g.client RETURNING x.tenant, x.client, x.hold)
+           INSERT INTO mqtt_gone (tenant, client, hold, changed)
+           SELECT tenant, client, hold, pg_current_xact_id()::text::bigint FROM gone
+           ON CONFLICT (tenant, client) DO UPDATE SET hold = excluded.hold, changed = excluded.changed, at = now()",
     types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY],
 };
 const SESSIONS: Sql = Sql {
-    text: "INSERT INTO mqtt_sessions (tenant, client, rec) SELECT * FROM unnest($1::text[], $2::text[], $3::bytea[])
-           ON CONFLICT (tenant, client) DO UPDATE SET rec = excluded.rec",
+    text: "INSERT INTO mqtt_sessions (tenant, client, rec, changed)
+           SELECT g.*, pg_current_xact_id()::text::bigint FROM unnest($1::text[], $2::text[], $3::bytea[]) g
+           ON CONFLICT (tenant, client) DO UPDATE SET rec = excluded.rec, changed = excluded.changed",
     types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::BYTEA_ARRAY],
 };
+const MAIL: Sql = Sql {
+    text: "INSERT INTO mqtt_mail (tenant, client, queued, rec)
+           SELECT g.tenant, g.client, g.queued, g.rec
+           FROM unnest($1::text[], $2::text[], $3::bool[], $4::bytea[]) WITH ORDINALITY g(tenant, client, queued, rec, n)
+           WHERE EXISTS (SELECT FROM mqtt_sessions s WHERE s.tenant = g.tenant AND s.client = g.client) ORDER BY g.n",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::BOOL_ARRAY, Type::BYTEA_ARRAY],
+};
+const COLLECTED: Sql = Sql { text: "DELETE FROM mqtt_mail WHERE id = ANY($1)", types: &[Type::INT8_ARRAY] };
 const DEQUEUED: Sql = Sql {
     text: "DELETE FROM mqtt_queue x USING unnest($1::text[], $2::text[], $3::bigint[]) g(tenant, client, ord)
            WHERE x.tenant = g.tenant AND x.client = g.client AND x.ord = g.ord",
@@ -194,6 +207,8 @@ pub(super) struct Writes<'a> {
     sessions: BTreeMap<(&'a TenantId, &'a str), Option<&'a [u8]>>,
     queued: BTreeMap<(&'a TenantId, &'a str, i64), Option<&'a [u8]>>,
     retained: BTreeMap<(&'a TenantId, &'a str), Option<&'a [u8]>>,
+    mail: (Texts<'a>, Texts<'a>, Vec<bool>, Vec<&'a [u8]>),
+    collected: Numbers,
     /// What the maps become when they are written.
     flat: Flat<'a>,
 }
@@ -394,27 +409,40 @@ impl<'a> Writes<'a> {
         }
     }
 
-    /// A write of the MQTT door.
-    pub(super) fn mqtt(&mut self, write: &'a MqttWrite) {
+    /// A write of the MQTT door; `held`: under the number in force.
+    pub(super) fn mqtt(&mut self, write: &'a MqttWrite, held: bool) {
         match write {
-            MqttWrite::PutSession { tenant, client, record } => {
+            MqttWrite::Enqueue { tenant, client, or_mail: true, record, .. } if !held => {
+                self.mail(tenant, client, true, record);
+            }
+            _ if !held => {}
+            MqttWrite::PutSession { tenant, client, record, .. } => {
                 self.sessions.insert((tenant, client), Some(record));
             }
-            MqttWrite::DropSession { tenant, client } => {
+            MqttWrite::DropSession { tenant, client, .. } => {
                 self.sessions.insert((tenant, client), None);
                 self.queues_gone.insert((tenant, client));
                 self.queued.retain(|(t, c, _), _| (*t, *c) != (tenant, client.as_str()));
             }
-            MqttWrite::Enqueue { tenant, client, order, record } => {
+            MqttWrite::Enqueue { tenant, client, order, record, .. } => {
                 self.queued.insert((tenant, client, *order), Some(record));
             }
-            MqttWrite::Dequeue { tenant, client, order } => {
+            MqttWrite::Dequeue { tenant, client, order, .. } => {
                 self.queued.insert((tenant, client, *order), None);
             }
+            MqttWrite::Mail { tenant, client, record } => self.mail(tenant, client, false, record),
+            MqttWrite::Collect { mail, .. } => self.collected.push(*mail),
             MqttWrite::Retain { tenant, topic, record } => {
                 self.retained.insert((tenant, topic), (!record.is_empty()).then_some(&**record));
             }
         }
+    }
+
+    fn mail(&mut self, tenant: &'a TenantId, client: &'a str, queued: bool, record: &'a [u8]) {
+        self.mail.0.push(tenant.as_str());
+        self.mail.1.push(client);
+        self.mail.2.push(queued);
+        self.mail.3.push(record);
     }
 
     /// The feeds of its turns with effects, some more than once.
@@ -477,7 +505,7 @@ impl<'a> Writes<'a> {
     pub(super) fn steps(&self) -> Vec<Step<'_>> {
         let (instances, turns, dead, flat) = (&self.instances, &self.turns, &self.dead_in, &self.flat);
         let postponed = &flat.postponed;
-        let all: [(&'static Sql, usize, Vec<Param<'_>>); 22] = [
+        let all: [(&'static Sql, usize, Vec<Param<'_>>); 24] = [
             (&FORGOTTEN, self.forgotten.0.len(), vec![&self.forgotten.0, &self.forgotten.1, &self.forgotten.2]),
             (&INSTANCES, instances.0.len(), vec![&instances.0, &instances.1, &instances.2, &instances.3, &instances.4]),
             (&PROFILES, self.profiles.0.len(), vec![&self.profiles.0, &self.profiles.1, &self.profiles.2]),
@@ -530,6 +558,8 @@ impl<'a> Writes<'a> {
                 flat.enqueued.1.len(),
                 vec![&flat.enqueued.0.0, &flat.enqueued.0.1, &flat.enqueued.0.2, &flat.enqueued.1],
             ),
+            (&MAIL, self.mail.3.len(), vec![&self.mail.0, &self.mail.1, &self.mail.2, &self.mail.3]),
+            (&COLLECTED, self.collected.len(), vec![&self.collected]),
             (&CLEARED, flat.cleared.0.len(), vec![&flat.cleared.0, &flat.cleared.1]),
             (&RETAINED, flat.retained.0.len(), vec![&flat.retained.0, &flat.retained.1, &flat.retained.2]),
         ];

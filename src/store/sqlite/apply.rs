@@ -333,19 +333,19 @@ impl Writer<'_> {
     pub(super) fn apply_mqtt(&mut self, write: &MqttWrite) -> Result<(), Error> {
         let db = self.db;
         match write {
-            MqttWrite::PutSession { tenant, client, record } => db
+            MqttWrite::PutSession { tenant, client, record, .. } => db
                 .prepare_cached("INSERT OR REPLACE INTO mqtt_sessions (tenant, client, rec) VALUES (?1, ?2, ?3)")?
                 .execute(params![tenant.as_str(), client, record.as_ref()])?,
-            MqttWrite::DropSession { tenant, client } => {
+            MqttWrite::DropSession { tenant, client, .. } => {
                 db.prepare_cached("DELETE FROM mqtt_queue WHERE tenant = ?1 AND client = ?2")?
                     .execute(params![tenant.as_str(), client])?;
                 db.prepare_cached("DELETE FROM mqtt_sessions WHERE tenant = ?1 AND client = ?2")?
                     .execute(params![tenant.as_str(), client])?
             }
-            MqttWrite::Enqueue { tenant, client, order, record } => db
+            MqttWrite::Enqueue { tenant, client, order, record, .. } => db
                 .prepare_cached("INSERT OR REPLACE INTO mqtt_queue (tenant, client, ord, rec) VALUES (?1, ?2, ?3, ?4)")?
                 .execute(params![tenant.as_str(), client, order, record.as_ref()])?,
-            MqttWrite::Dequeue { tenant, client, order } => db
+            MqttWrite::Dequeue { tenant, client, order, .. } => db
                 .prepare_cached("DELETE FROM mqtt_queue WHERE tenant = ?1 AND client = ?2 AND ord = ?3")?
                 .execute(params![tenant.as_str(), client, order])?,
             MqttWrite::Retain { tenant, topic, record } if record.is_empty() => db
@@ -354,6 +354,8 @@ impl Writer<'_> {
             MqttWrite::Retain { tenant, topic, record } => db
                 .prepare_cached("INSERT OR REPLACE INTO mqtt_retained (tenant, topic, rec) VALUES (?1, ?2, ?3)")?
                 .execute(params![tenant.as_str(), topic, record.as_ref()])?,
+            // There is no other node.
+            MqttWrite::Mail { .. } | MqttWrite::Collect { .. } => 0,
         };
         Ok(())
     }

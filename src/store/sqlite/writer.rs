@@ -82,10 +82,11 @@ impl Job {
 
 fn mqtt_weight(write: &MqttWrite) -> usize {
     match write {
-        MqttWrite::PutSession { record, .. } | MqttWrite::Enqueue { record, .. } | MqttWrite::Retain { record, .. } => {
-            record.len() + 128
-        }
-        MqttWrite::DropSession { .. } | MqttWrite::Dequeue { .. } => 128,
+        MqttWrite::PutSession { record, .. }
+        | MqttWrite::Enqueue { record, .. }
+        | MqttWrite::Mail { record, .. }
+        | MqttWrite::Retain { record, .. } => record.len() + 128,
+        MqttWrite::DropSession { .. } | MqttWrite::Dequeue { .. } | MqttWrite::Collect { .. } => 128,
     }
 }
 

@@ -1,0 +1,1 @@
+-- One process uses this store: no session goes to another node. The number is kept in step with the other dialects.

@@ -1,0 +1,126 @@
+//! MQTT sessions that go from node to node: who has one, taking it, following the others, and messages left for it.
+//!
+//! Owns: the trait a store implements that several nodes use. Not here: what sessions and messages mean (the MQTT door, to
+//! which all records belong), writes of those a node has (`store::MqttWrite`).
+//!
+//! Invariants:
+//! - A session is taken under a new number, its *hold*. What is written under an older hold is not applied, however late it
+//!   comes, and what the holder before wrote is either seen by the taker or never applied.
+//! - A row told by [`Roaming::changes`] may be told again; none is left out.
+//!
+//! Tests: `tests/it/roaming.rs`.
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::Error;
+use crate::types::{InstanceId, NodeId, TenantId};
+
+/// A session's place in the store.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Seat {
+    /// Tenant.
+    pub tenant: TenantId,
+    /// The session's key.
+    pub client: String,
+}
+
+/// Who has a session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holder {
+    /// The node's id; empty when no node ever had it.
+    pub node: String,
+    /// Under which number.
+    pub hold: u64,
+    /// Whether that node lives.
+    pub alive: bool,
+}
+
+/// A session that was taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Taken {
+    /// Which.
+    pub seat: Seat,
+    /// The number under which it is held now.
+    pub hold: u64,
+    /// Its record; empty for a place that was made just now.
+    pub record: Bytes,
+    /// Its queue, in order.
+    pub queue: Vec<(i64, Bytes)>,
+}
+
+/// A session's row as others see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// Which.
+    pub seat: Seat,
+    /// Who has it.
+    pub node: String,
+    /// Under which number.
+    pub hold: u64,
+    /// Its record; `None` when the session is over.
+    pub record: Option<Bytes>,
+}
+
+/// What changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Changes {
+    /// Where to go on.
+    pub until: i64,
+    /// Sessions that are over first, then the others.
+    pub rows: Vec<Seen>,
+}
+
+/// A message left for a session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Mail {
+    /// Its number, growing.
+    pub id: i64,
+    /// For whom.
+    pub seat: Seat,
+    /// Whether the record is one of a queue already.
+    pub queued: bool,
+    /// The message.
+    pub record: Bytes,
+}
+
+/// Whose devices come or go, and the retained value that says so.
+#[derive(Debug, Clone, Copy)]
+pub struct Sign<'a> {
+    /// Tenant.
+    pub tenant: &'a TenantId,
+    /// Instance.
+    pub instance: &'a InstanceId,
+    /// Topic of the retained value.
+    pub topic: &'a str,
+    /// Its record.
+    pub record: &'a [u8],
+}
+
+/// Sessions several nodes share. All calls go to the truth itself, never to a replica. Cancel safe.
+#[async_trait]
+pub trait Roaming: Send + Sync + 'static {
+    /// Who has a session, if it is there.
+    async fn holder(&self, seat: &Seat) -> Result<Option<Holder>, Error>;
+    /// Takes a session for a node, whoever has it. When there is none, it makes a place for one if `create`.
+    async fn claim(&self, seat: &Seat, node: &NodeId, create: bool) -> Result<Option<Taken>, Error>;
+    /// Takes sessions of these nodes, as far as they do not live, at most `limit`.
+    async fn adopt(&self, from: &[String], node: &NodeId, limit: usize) -> Result<Vec<Taken>, Error>;
+    /// Which of these nodes do not live.
+    async fn dead(&self, nodes: &[String]) -> Result<Vec<String>, Error>;
+    /// Sessions that changed since an earlier answer's `until`; 0 for all.
+    async fn changes(&self, since: i64) -> Result<Changes, Error>;
+    /// Messages left for sessions that this node has, oldest first, at most `limit`.
+    async fn mail(&self, node: &NodeId, limit: usize) -> Result<Vec<Mail>, Error>;
+    /// Retained values whose topic begins so, in the order of topics.
+    async fn retained(&self, tenant: &TenantId, prefix: &str) -> Result<Vec<Bytes>, Error>;
+    /// Tenants with more retained values, or bytes of them, than these.
+    async fn full(&self, values: usize, bytes: usize) -> Result<Vec<TenantId>, Error>;
+    /// Devices of an instance are at this node now. True, and the value set, when they were at no other.
+    async fn arrive(&self, sign: Sign<'_>, node: &NodeId) -> Result<bool, Error>;
+    /// They are not any more; without a node: at none of those that do not live. True, and the value set, when they are
+    /// nowhere now.
+    async fn part(&self, sign: Sign<'_>, node: Option<&NodeId>) -> Result<bool, Error>;
+    /// Instances whose devices were at a node that does not live, at most `limit`.
+    async fn abandoned(&self, limit: usize) -> Result<Vec<(TenantId, InstanceId)>, Error>;
+}

@@ -1,0 +1,164 @@
+//! MQTT sessions in a store that several nodes share: who took one last writes to it, nobody else; what others leave for it is
+//! found by whoever has it.
+
+use std::sync::Arc;
+
+use sophont::{
+    store::{
+        Done, MqttRow, MqttWrite, Reader as _, Writer as _,
+        ownership::{Joining, Ownership},
+        postgres::PostgresStore,
+        roaming::{Holder, Mail, Roaming as _, Seat, Sign},
+    },
+    types::{InstanceId, NodeId, Protocol, Roles, TenantId},
+};
+
+use crate::{
+    store_contract::{SHARDS, open_postgres, postgres_settings},
+    support::postgres,
+};
+
+async fn store() -> Arc<PostgresStore> {
+    open_postgres(&postgres_settings(&postgres::shared().database().await)).await
+}
+
+async fn member(store: &PostgresStore, name: &str) -> NodeId {
+    let node = NodeId::generate(name);
+    let joining = Joining {
+        node: node.clone(),
+        cluster: "c".into(),
+        shards: SHARDS,
+        addresses: Vec::new(),
+        roles: Roles::default(),
+        weight: 1,
+        protocol: Protocol { min: 1, max: 1 },
+        lease: std::time::Duration::from_secs(60),
+    };
+    store.join(&joining).await.unwrap();
+    node
+}
+
+fn tenant() -> TenantId {
+    TenantId::new("t").unwrap()
+}
+
+fn seat(client: &str) -> Seat {
+    Seat { tenant: tenant(), client: client.into() }
+}
+
+fn put(client: &str, hold: u64, record: &'static str) -> MqttWrite {
+    MqttWrite::PutSession { tenant: tenant(), client: client.into(), hold, record: record.into() }
+}
+
+fn enqueue(hold: u64, order: i64, record: &'static str) -> MqttWrite {
+    MqttWrite::Enqueue { tenant: tenant(), client: "c".into(), hold, order, or_mail: order < 9, record: record.into() }
+}
+
+async fn write(store: &PostgresStore, writes: Vec<MqttWrite>) {
+    let (done, end) = Done::channel();
+    store.mqtt(writes, done);
+    end.await.unwrap().unwrap();
+}
+
+async fn rows(store: &PostgresStore) -> Vec<String> {
+    let told = |row: MqttRow| match row {
+        MqttRow::Session { client, record, .. } => format!("{client} {record:?}"),
+        MqttRow::Queued { order, record, .. } => format!("{order} {record:?}"),
+        MqttRow::Retained { topic, record, .. } => format!("{topic} {record:?}"),
+    };
+    store.mqtt_rows().await.unwrap().into_iter().map(told).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_took_a_session_last_writes_to_it() {
+    let store = store().await;
+    let (a, b) = (member(&store, "a").await, member(&store, "b").await);
+    assert_eq!(store.claim(&seat("c"), &a, false).await.unwrap(), None);
+    let first = store.claim(&seat("c"), &a, true).await.unwrap().unwrap();
+    write(&store, vec![put("c", first.hold, "of a"), enqueue(first.hold, 1, "one"), enqueue(first.hold, 2, "two")])
+        .await;
+
+    let second = store.claim(&seat("c"), &b, true).await.unwrap().unwrap();
+    assert!(second.hold > first.hold);
+    assert_eq!((&second.record[..], second.queue.len()), (&b"of a"[..], 2));
+    let holder = store.holder(&seat("c")).await.unwrap();
+    assert_eq!(holder, Some(Holder { node: b.as_str().into(), hold: second.hold, alive: true }));
+
+    // What comes late changes nothing. A message that was on its way is left for the one who has the session.
+    let dequeue = MqttWrite::Dequeue { tenant: tenant(), client: "c".into(), hold: first.hold, order: 1 };
+    let drop_it = MqttWrite::DropSession { tenant: tenant(), client: "c".into(), hold: first.hold };
+    let late =
+        vec![put("c", first.hold, "late"), dequeue, drop_it, enqueue(first.hold, 3, "m"), enqueue(first.hold, 9, "r")];
+    write(&store, late).await;
+    assert_eq!(rows(&store).await, ["c b\"of a\"", "1 b\"one\"", "2 b\"two\""]);
+    assert_eq!(store.mail(&a, 9).await.unwrap(), []);
+    let mail = store.mail(&b, 9).await.unwrap();
+    let [Mail { id, queued: true, record, .. }] = &mail[..] else { panic!("{mail:?}") };
+    assert_eq!(&record[..], b"m");
+
+    // Taken over from the mail in one step, by the holder only.
+    let collect = |hold| MqttWrite::Collect { tenant: tenant(), client: "c".into(), hold, mail: *id };
+    write(&store, vec![collect(first.hold)]).await;
+    assert_eq!(store.mail(&b, 9).await.unwrap().len(), 1);
+    write(&store, vec![enqueue(second.hold, 3, "m"), collect(second.hold)]).await;
+    assert_eq!(store.mail(&b, 9).await.unwrap(), []);
+    assert_eq!(rows(&store).await.last().unwrap(), "3 b\"m\"");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sessions_of_a_node_that_is_gone_are_adopted_and_everybody_hears_of_it() {
+    let store = store().await;
+    let (a, b) = (member(&store, "a").await, member(&store, "b").await);
+    let mut since = store.changes(0).await.unwrap().until;
+    for client in ["c", "d"] {
+        let taken = store.claim(&seat(client), &a, true).await.unwrap().unwrap();
+        write(&store, vec![put(client, taken.hold, "x")]).await;
+    }
+    let mut heard = async |store: &PostgresStore| {
+        let changes = store.changes(since).await.unwrap();
+        since = changes.until;
+        let told = |row: sophont::store::roaming::Seen| (row.seat.client, row.node, row.record.is_some());
+        changes.rows.into_iter().map(told).collect::<Vec<_>>()
+    };
+    let mut told = heard(&store).await;
+    told.sort();
+    assert_eq!(told, [("c".into(), a.as_str().into(), true), ("d".into(), a.as_str().into(), true)]);
+    let from = [String::from(a.as_str())];
+    assert!(store.adopt(&from, &b, 9).await.unwrap().is_empty(), "it lives");
+    assert!(store.dead(&from).await.unwrap().is_empty());
+
+    let mail = MqttWrite::Mail { tenant: tenant(), client: "c".into(), record: "letter".into() };
+    let nobody = MqttWrite::Mail { tenant: tenant(), client: "nobody".into(), record: "letter".into() };
+    write(&store, vec![mail, nobody]).await;
+    store.leave(&a).await.unwrap();
+    assert_eq!(store.dead(&from).await.unwrap(), from);
+    let mut adopted: Vec<_> = store.adopt(&from, &b, 9).await.unwrap();
+    adopted.sort_by(|one, other| one.seat.cmp(&other.seat));
+    assert_eq!(adopted.iter().map(|one| &*one.seat.client).collect::<Vec<_>>(), ["c", "d"]);
+    assert_eq!(store.mail(&b, 9).await.unwrap().len(), 1);
+    assert!(heard(&store).await.iter().all(|(_, node, _)| node == b.as_str()));
+    let over = MqttWrite::DropSession { tenant: tenant(), client: "c".into(), hold: adopted[0].hold };
+    write(&store, vec![over]).await;
+    assert!(heard(&store).await.contains(&("c".into(), String::new(), false)));
+    assert!(store.mail(&b, 9).await.unwrap().is_empty(), "mail goes with its session");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_instance_is_absent_when_its_devices_are_nowhere() {
+    let store = store().await;
+    let (a, b) = (member(&store, "a").await, member(&store, "b").await);
+    let (tenant, instance) = (tenant(), InstanceId::new("lamp").unwrap());
+    let sign = |record| Sign { tenant: &tenant, instance: &instance, topic: "p", record };
+    assert!(store.arrive(sign(b"online"), &a).await.unwrap());
+    assert!(!store.arrive(sign(b"online"), &b).await.unwrap());
+    assert!(!store.part(sign(b"offline"), Some(&a)).await.unwrap(), "a device hopped");
+    assert!(store.abandoned(9).await.unwrap().is_empty());
+    assert_eq!(store.retained(&tenant, "p").await.unwrap(), ["online"]);
+    Ownership::leave(&*store, &b).await.unwrap();
+    assert_eq!(store.abandoned(9).await.unwrap(), [(tenant.clone(), instance.clone())]);
+    assert!(store.part(sign(b"offline"), None).await.unwrap());
+    assert!(!store.part(sign(b"offline"), None).await.unwrap(), "it was said once");
+    assert_eq!(store.retained(&tenant, "p").await.unwrap(), ["offline"]);
+    assert_eq!(store.full(1, usize::MAX).await.unwrap(), std::slice::from_ref(&tenant));
+    assert!(store.full(2, 1000).await.unwrap().is_empty());
+}
