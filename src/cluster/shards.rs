@@ -78,9 +78,15 @@ impl Shards {
         (key.stable_hash() % u64::from(self.count()).max(1)) as u32
     }
 
-    /// The epoch under which a shard is here.
+    /// The epoch under which a shard is here, and may be decided for.
     pub fn epoch(&self, shard: u32) -> Option<u64> {
-        self.0.table.load().get(shard as usize)?.as_ref().map(|here| here.tenure.epoch)
+        self.0
+            .table
+            .load()
+            .get(shard as usize)?
+            .as_ref()
+            .filter(|here| !here.tenure.is_over())
+            .map(|here| here.tenure.epoch)
     }
 
     /// Whether the instance's shard is here.
@@ -90,6 +96,13 @@ impl Shards {
 
     /// Whether something of an earlier tenure of this shard is still in hand here: what comes now must wait behind it.
     pub fn is_leaving(&self, shard: u32) -> bool {
+        // An instance that was fenced ends the tenure before anybody takes the shard out of the table.
+        let is_over = |here: &Here| here.tenure.is_over();
+        self.has_left(shard)
+            || self.0.table.load().get(shard as usize).is_some_and(|here| here.as_ref().is_some_and(is_over))
+    }
+
+    fn has_left(&self, shard: u32) -> bool {
         if self.0.left.load(Ordering::Acquire) == 0 {
             return false;
         }
@@ -132,8 +145,7 @@ impl Shards {
         // What was read while the shard was elsewhere may be old by now.
         self.0.environment.states.clear();
         if let Some(old) = self.change(shard, Some(Here { address, tenure })) {
-            old.tenure.end();
-            drop(old.address.try_send(End));
+            self.end(shard, old);
         }
         Ok(())
     }
@@ -155,10 +167,16 @@ impl Shards {
 
     /// Closes a shard at once: this node may not decide for it any more.
     pub fn drop_now(&self, shard: u32) {
-        let Some(Here { address, tenure }) = self.change(shard, None) else { return };
-        tenure.end();
-        if address.try_send(End).is_err() {
-            tracing::warn!(shard, "a shard that is over is too busy to be told; its commits are refused");
+        if let Some(old) = self.change(shard, None) {
+            self.end(shard, old);
+        }
+    }
+
+    /// Behind what stands in a full mailbox, too: until the shard has settled, nothing of its senders goes anywhere.
+    fn end(&self, shard: u32, old: Here) {
+        old.tenure.end();
+        if let Some(arbiter) = self.arbiter(shard) {
+            arbiter.spawn(async move { drop(old.address.send(End).await) });
         }
     }
 
@@ -184,7 +202,8 @@ impl Shards {
     pub fn tell(&self, key: &InstanceKey, what: What) -> Result<(), What> {
         let table = self.0.table.load();
         let shard = self.shard_of(key);
-        let Some(here) = table.get(shard as usize).and_then(Option::as_ref) else { return Err(what) };
+        let here = table.get(shard as usize).and_then(Option::as_ref).filter(|here| !here.tenure.is_over());
+        let Some(here) = here else { return Err(what) };
         match here.address.try_send(To { key: key.clone(), what }) {
             Ok(()) => {}
             Err(SendError::Full(to)) => to.what.refuse(Error::Overloaded("the shard's mailbox is full")),

@@ -3,7 +3,10 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -53,6 +56,8 @@ struct Table {
     me: NodeId,
     shards: Mutex<Vec<(Option<NodeId>, u64)>>,
     leaving: Mutex<HashSet<u32>>,
+    here: Shards,
+    doubted: AtomicBool,
 }
 
 impl Owners for Table {
@@ -60,7 +65,7 @@ impl Owners for Table {
         (key.stable_hash() % u64::from(SHARDS)) as u32
     }
     fn owner(&self, shard: u32) -> Owner {
-        if self.leaving.lock().unwrap().contains(&shard) {
+        if self.leaving.lock().unwrap().contains(&shard) || self.here.is_leaving(shard) {
             return Owner::Leaving;
         }
         match self.shards.lock().unwrap()[shard as usize].clone() {
@@ -72,7 +77,9 @@ impl Owners for Table {
     fn epoch(&self, shard: u32) -> u64 {
         self.shards.lock().unwrap()[shard as usize].1
     }
-    fn doubt(&self, _: u32) {}
+    fn doubt(&self, _: u32) {
+        self.doubted.store(true, Ordering::Release);
+    }
 }
 
 struct Node {
@@ -174,6 +181,8 @@ impl Node {
             me: id.clone(),
             shards: Mutex::new(vec![(None, 0); SHARDS as usize]),
             leaving: Mutex::default(),
+            here: shards.clone(),
+            doubted: AtomicBool::new(false),
         });
         let forwarder = Forwarder::new(Parts {
             bus,
@@ -207,6 +216,22 @@ impl Node {
     fn send(&self, key: &InstanceKey, stimulus: Stimulus, until: Until) -> End {
         let (waiter, end) = Waiter::new(until, None);
         self.forwarder.forward(key, Waiting::arrived(stimulus, None, waiter));
+        end
+    }
+
+    /// By the door: to the instance if its shard is here, as the router does it.
+    fn submit(&self, key: &InstanceKey, stimulus: Stimulus) -> End {
+        let (waiter, end) = Waiter::new(Until::Accepted, None);
+        let forward = |stimulus, expected, waiter| {
+            self.forwarder.forward(key, Waiting::arrived(stimulus, expected, waiter));
+        };
+        if self.forwarder.holds(key, stimulus.sender.as_deref()) || self.shards.is_leaving(self.shards.shard_of(key)) {
+            forward(stimulus, None, waiter);
+        } else if let Err(What::Deliver(stimulus, expected, waiter)) =
+            self.shards.tell(key, What::Deliver(stimulus, None, waiter))
+        {
+            forward(stimulus, expected, waiter);
+        }
         end
     }
 
@@ -397,6 +422,34 @@ async fn what_an_owner_hands_over_goes_before_what_waits_for_that() {
     }
     cluster.nodes[1].decided(&key, "last").await;
     assert_eq!(cluster.contents(&key).await, ["n0", "n1", "n2", "x", "y", "last"]);
+}
+
+#[actix_rt::test]
+async fn an_owner_that_is_fenced_before_its_table_knows_keeps_the_order() {
+    let network = Network::default();
+    let cluster = Cluster::of(&network, &["a", "b"]).await;
+    let key = key_in(0);
+    let a = &cluster.nodes[0];
+    cluster.store.faults().hold();
+    let all = numbers(400);
+    let mut ends: Vec<End> = all[..6].iter().map(|text| a.submit(&key, stimulus(text))).collect();
+    wait_until("a unit is with the store", PATIENCE, async || cluster.store.faults().waiting() > 0).await;
+    let epoch = cluster.take(0, 1).await;
+    cluster.store.faults().release();
+    wait_until("the commit is refused", PATIENCE, async || a.table.doubted.load(Ordering::Acquire)).await;
+    // As long as the table says that the shard is here.
+    for text in &all[6..] {
+        ends.push(a.submit(&key, stimulus(text)));
+        tokio::task::yield_now().await;
+    }
+    a.shards.drop_now(0);
+    a.sees(0, Some(&cluster.nodes[1].id), epoch);
+    for end in ends {
+        assert!(ended(end).await.is_ok());
+    }
+    cluster.nodes[1].decided(&key, "last").await;
+    let decided = cluster.contents(&key).await;
+    assert_eq!(decided.split_last().unwrap().1, all);
 }
 
 #[actix_rt::test]

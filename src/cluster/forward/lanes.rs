@@ -33,6 +33,9 @@ use crate::{
 
 /// How often an owner is asked before a batch goes to the store.
 const MOST_ASKED: u32 = 2;
+/// Longest wait for this node to give a shard away. It is over in the time the store may take for what is in hand; a shard
+/// that takes longer is stuck.
+const LONGEST_LEAVE: Duration = Duration::from_secs(30);
 
 /// Who has a shard, as far as this node knows.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -124,6 +127,17 @@ pub enum Act {
     Wake(InstanceKey),
 }
 
+/// Where a stimulus stands among those of its lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// It just came in: behind all.
+    Last,
+    /// It was on its way to the shard's actor, which is not here any more: before what came in meanwhile.
+    Back,
+    /// An instance that may not decide any more hands it over: before what this lane had for it.
+    Earlier,
+}
+
 /// Whose stimuli, for whom.
 type LaneKey = (InstanceKey, Option<String>);
 
@@ -135,8 +149,8 @@ pub struct Lanes {
     calls: HashMap<u64, LaneKey, ahash::RandomState>,
     /// When batches are over due, soonest first.
     due: VecDeque<(Instant, u64)>,
-    /// Batches that wait for a table without [`Owner::Leaving`].
-    parked: Vec<u64>,
+    /// Batches that wait for a table without [`Owner::Leaving`], and since when.
+    parked: Vec<(Instant, u64)>,
     last: u64,
     step: u64,
     items: usize,
@@ -224,8 +238,8 @@ impl Lanes {
         !self.lanes.is_empty() && self.lanes.contains_key(&(key.clone(), sender.map(String::from)))
     }
 
-    /// Takes a stimulus. `earlier`: an instance hands it over, so that it came before what waits here.
-    pub fn take(&mut self, key: &InstanceKey, mut waiting: Waiting, earlier: bool, now: Instant, out: &mut Vec<Act>) {
+    /// Takes a stimulus. Those that come back, the last first.
+    pub fn take(&mut self, key: &InstanceKey, mut waiting: Waiting, place: Place, now: Instant, out: &mut Vec<Act>) {
         if waiting.accepted {
             return out.push(Act::Await { key: key.clone(), waiting, asked: None });
         }
@@ -241,10 +255,10 @@ impl Lanes {
         self.bytes += weight;
         let name = (key.clone(), waiting.stimulus.sender.clone());
         let lane = self.lanes.entry(name.clone()).or_default();
-        if earlier {
-            lane.earlier.push_back(waiting);
-        } else {
-            lane.queue.push_back(waiting);
+        match place {
+            Place::Last => lane.queue.push_back(waiting),
+            Place::Back => lane.queue.push_front(waiting),
+            Place::Earlier => lane.earlier.push_back(waiting),
         }
         if lane.flight.is_none() {
             self.begin(&name, now, out);
@@ -380,8 +394,8 @@ impl Lanes {
             self.lanes.remove(name);
         } else if self.owners.owner(self.owners.shard_of(&name.0)) == Owner::Leaving {
             // Nothing is taken from the lane: what is handed over meanwhile goes first.
-            let call = self.number(Some(now));
-            self.park(name, Flight::new(call));
+            let call = self.number(None);
+            self.park(name, Flight::new(call), now);
         } else {
             let flight = Flight::new(0);
             match self.fill(name, flight) {
@@ -401,8 +415,8 @@ impl Lanes {
         (!flight.slots.is_empty()).then_some(flight)
     }
 
-    fn park(&mut self, name: &LaneKey, flight: Flight) {
-        self.parked.push(flight.call);
+    fn park(&mut self, name: &LaneKey, flight: Flight, since: Instant) {
+        self.parked.push((since, flight.call));
         self.put(name, flight);
     }
 
@@ -456,28 +470,27 @@ impl Lanes {
 
     /// Nobody answered in time, or nobody will.
     fn give_up(&mut self, call: u64, now: Instant, out: &mut Vec<Act>) {
-        let waits = |stage: &Stage| matches!(stage, Stage::Asked(..) | Stage::Parked);
-        let Some((name, mut flight)) = self.lift(call, waits) else { return };
-        if flight.stage == Stage::Parked {
-            match self.fill(&name, flight) {
-                Some(flight) => self.lodge(&name, flight, now, out),
-                None => self.begin(&name, now, out),
-            }
-        } else {
-            flight.unsure = true;
-            self.lodge(&name, flight, now, out);
-        }
+        let asked = |stage: &Stage| matches!(stage, Stage::Asked(..));
+        let Some((name, mut flight)) = self.lift(call, asked) else { return };
+        flight.unsure = true;
+        self.lodge(&name, flight, now, out);
     }
 
-    /// Lanes that waited for this node to give a shard away: has it?
+    /// Lanes that waited for this node to give a shard away: has it? Nothing of them goes to the store before, since what
+    /// the node still has in hand comes earlier.
     fn unpark(&mut self, now: Instant, out: &mut Vec<Act>) {
-        for call in std::mem::take(&mut self.parked) {
+        for (since, call) in std::mem::take(&mut self.parked) {
             let Some((name, flight)) = self.lift(call, |stage| *stage == Stage::Parked) else { continue };
-            if self.owners.owner(self.owners.shard_of(&name.0)) == Owner::Leaving {
-                self.park(&name, flight);
-            } else {
-                self.begin(&name, now, out);
+            let is_leaving = self.owners.owner(self.owners.shard_of(&name.0)) == Owner::Leaving;
+            if is_leaving && now < since + LONGEST_LEAVE {
+                self.park(&name, flight, since);
+                continue;
             }
+            let stuck = if is_leaving { self.fill(&name, flight) } else { None };
+            for waiting in stuck.map(|mut stuck| stuck.open()).unwrap_or_default() {
+                self.tell(waiting, &Err(Error::Overloaded("its shard is stuck between two owners")));
+            }
+            self.begin(&name, now, out);
         }
     }
 
@@ -770,7 +783,7 @@ mod tests {
 
         fn take(&mut self, id: &str, until: Until) -> End {
             let (waiting, end) = waiting(id, until, None);
-            self.lanes.take(&key(), waiting, false, self.now, &mut self.out);
+            self.lanes.take(&key(), waiting, Place::Last, self.now, &mut self.out);
             end
         }
 
@@ -908,7 +921,7 @@ mod tests {
         let mut bench = Bench::new(Owner::Nobody);
         let (mut waiting, mut end) = waiting("1", Until::Decided, None);
         waiting.expected = Some(3);
-        bench.lanes.take(&key(), waiting, false, bench.now, &mut bench.out);
+        bench.lanes.take(&key(), waiting, Place::Last, bench.now, &mut bench.out);
         assert!(bench.acts().is_empty() && bench.lanes.is_empty());
         assert!(matches!(end.try_recv(), Ok(Err(Error::Fenced))));
     }
@@ -941,7 +954,7 @@ mod tests {
         assert!(bench.acts().is_empty());
         for id in ["1", "2"] {
             let (waiting, _end) = waiting(id, Until::Accepted, None);
-            bench.lanes.take(&key(), waiting, true, bench.now, &mut bench.out);
+            bench.lanes.take(&key(), waiting, Place::Earlier, bench.now, &mut bench.out);
         }
         bench.table.set(at("b", 2));
         bench.lanes.moved(bench.now, &mut bench.out);
@@ -968,7 +981,7 @@ mod tests {
         let mut ends = Vec::new();
         for id in ["1", "2", "3"] {
             let (waiting, end) = waiting(id, Until::Accepted, Some(line.clone()));
-            bench.lanes.take(&key(), waiting, false, bench.now, &mut bench.out);
+            bench.lanes.take(&key(), waiting, Place::Last, bench.now, &mut bench.out);
             ends.push(end);
         }
         let work = bench.sent_first();
@@ -1152,7 +1165,7 @@ mod tests {
                     let stimulus = stimulus(&format!("n{number}"), &format!("s{sender}"));
                     self.ends.push((stimulus.id.clone(), sender, end));
                     let waiting = Waiting::arrived(stimulus, None, waiter);
-                    self.bench.lanes.take(&key(), waiting, false, self.bench.now, &mut self.bench.out);
+                    self.bench.lanes.take(&key(), waiting, Place::Last, self.bench.now, &mut self.bench.out);
                 }
                 Step::Work { pick, answer } => self.work(pick, answer),
                 Step::Lodge { pick, fails } => self.lodge(pick, fails),

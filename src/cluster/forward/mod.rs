@@ -46,7 +46,7 @@ pub mod lanes;
 mod local;
 mod serve;
 
-use lanes::{Act, Bounds, Lanes};
+use lanes::{Act, Bounds, Lanes, Place};
 pub use lanes::{Owner, Owners};
 pub use local::{Local, News};
 
@@ -178,7 +178,7 @@ impl Forwarder {
 
     /// Takes a stimulus for an instance of another node, with those who wait for it. Returns at once.
     pub fn forward(&self, key: &InstanceKey, waiting: Waiting) {
-        self.take_in(key, waiting, false);
+        self.take_in(key, waiting, Place::Last);
     }
 
     /// Whether something of this sender is on its way to the instance: what follows must go this way, too, so that it does
@@ -282,8 +282,8 @@ impl Forwarder {
         self.0.stripes[stripe % STRIPES].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn take_in(&self, key: &InstanceKey, waiting: Waiting, earlier: bool) {
-        self.on(stripe_of(key), |lanes, now, out| lanes.take(key, waiting, earlier, now, out));
+    fn take_in(&self, key: &InstanceKey, waiting: Waiting, place: Place) {
+        self.on(stripe_of(key), |lanes, now, out| lanes.take(key, waiting, place, now, out));
     }
 
     /// Changes the lanes of a stripe, then does what follows from it, without their lock.
@@ -337,9 +337,9 @@ impl Forwarder {
             }
         }
         let all_here = back.is_empty();
-        for delivery in back {
+        for delivery in back.into_iter().rev() {
             let Delivery { stimulus, expected, waiter } = *delivery;
-            self.take_in(key, Waiting::arrived(stimulus, expected, waiter), true);
+            self.take_in(key, Waiting::arrived(stimulus, expected, waiter), Place::Back);
         }
         if all_here {
             self.on(stripe, |lanes, now, out| lanes.delivered(call, now, out));
@@ -434,7 +434,7 @@ impl Forwarder {
 
 impl Elsewhere for Forwarder {
     fn take(&self, key: &InstanceKey, waiting: Waiting) {
-        self.take_in(key, waiting, true);
+        self.take_in(key, waiting, Place::Earlier);
     }
 
     fn lost(&self, shard: u32, _: u64) {
