@@ -282,6 +282,15 @@ impl Held {
         self.scope.send_replace(if all { Scope::all() } else { Scope::of(self.shards.count(), here) });
         self.forwarder.moved();
     }
+
+    fn scan(&self, scope: Scope) {
+        let (shards, store) = (self.shards.clone(), self.store.clone());
+        self.handle.spawn(async move {
+            if let Err(error) = wake(&shards, &*store, &scope).await {
+                tracing::warn!(%error, "a scan for what waits failed; the next one finds it");
+            }
+        });
+    }
 }
 
 #[async_trait]
@@ -295,13 +304,7 @@ impl Holder for Held {
             }
         }
         self.publish();
-        let scope = if self.shared { Scope::of(self.shards.count(), opened) } else { Scope::all() };
-        let (shards, store) = (self.shards.clone(), self.store.clone());
-        self.handle.spawn(async move {
-            if let Err(error) = wake(&shards, &*store, &scope).await {
-                tracing::warn!(%error, "the scan of new shards failed; the next one finds what waits");
-            }
-        });
+        self.scan(if self.shared { Scope::of(self.shards.count(), opened) } else { Scope::all() });
     }
 
     async fn close(&self, shard: u32) {
@@ -312,6 +315,15 @@ impl Holder for Held {
     fn drop_now(&self, shards: &[u32]) {
         shards.iter().for_each(|shard| self.shards.drop_now(*shard));
         self.publish();
+    }
+
+    /// Whoever lodges tells the owner; that hint may be lost, or go to an earlier owner.
+    fn seen(&self, fences: &[Fence]) {
+        let behind: Vec<u32> =
+            fences.iter().filter(|fence| self.shards.learn_lodged(fence)).map(|fence| fence.shard).collect();
+        if !behind.is_empty() {
+            self.scan(Scope::of(self.shards.count(), behind));
+        }
     }
 }
 

@@ -33,7 +33,7 @@ use crate::{
     config,
     store::{
         Fence,
-        ownership::{Claim, Error, Joining, NodeRow, Ownership, Renewal, View},
+        ownership::{Claim, Error, Joining, NodeRow, Ownership, Renewal, ShardRow, View},
     },
     telemetry::metric,
     types::{Load, NodeId},
@@ -49,6 +49,8 @@ pub trait Holder: Send + Sync + 'static {
     async fn close(&self, shard: u32);
     /// Closes shards that this node may not decide for any more. Must not wait.
     fn drop_now(&self, shards: &[u32]);
+    /// The rights of this node as the store just told them, with what others lodged. Must not wait.
+    fn seen(&self, fences: &[Fence]);
 }
 
 /// Where a shard is.
@@ -378,6 +380,8 @@ impl Keeper {
             self.release(&moves.release).await;
             self.lease.hurry();
         }
+        let mine = self.view.shards.iter().filter(|row| row.node.as_ref() == Some(&self.shared.node));
+        self.parts.holder.seen(&mine.map(ShardRow::fence).collect::<Vec<_>>());
         if !moves.take.is_empty() {
             self.take(&moves.take).await;
         }

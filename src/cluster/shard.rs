@@ -61,6 +61,14 @@ impl ShardActor {
         Self { environment, tenure, residents: IndexMap::default(), tick: 0, born: Instant::now(), sweep_from: 0 }
     }
 
+    /// Starts it on this thread's arbiter, with room for what comes before it has run for the first time.
+    pub fn begin(self) -> Addr<Self> {
+        Self::create(|ctx| {
+            ctx.set_mailbox_capacity(MAILBOX);
+            self
+        })
+    }
+
     /// The instance, made resident if it is not; `None` when the node has no room.
     fn resident(&mut self, key: &InstanceKey, ctx: &Context<Self>) -> Option<&Addr<InstanceActor>> {
         let tick = self.tick;
@@ -70,7 +78,7 @@ impl ShardActor {
             self.environment.active.fetch_add(1, Ordering::AcqRel);
             self.environment.metrics.active.increment(1.0);
             let instance = InstanceActor::new(self.environment.clone(), key.clone(), self.tenure.clone());
-            let resident = Resident { address: instance.start(), used: tick, packed: false };
+            let resident = Resident { address: instance.begin(), used: tick, packed: false };
             self.residents.insert(key.clone(), resident);
         }
         let resident = self.residents.get_mut(key)?;
@@ -150,7 +158,6 @@ impl Actor for ShardActor {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Context<Self>) {
-        ctx.set_mailbox_capacity(MAILBOX);
         ctx.run_interval(Duration::from_secs(1), |shard, ctx| {
             shard.tick = u32::try_from(shard.born.elapsed().as_secs()).unwrap_or(u32::MAX);
             shard.sweep(ctx);

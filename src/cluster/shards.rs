@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use actix::prelude::{Actor as _, Addr, SendError};
+use actix::prelude::{Addr, SendError};
 pub use actix_rt::ArbiterHandle;
 use arc_swap::ArcSwap;
 use tokio::sync::oneshot;
@@ -139,7 +139,7 @@ impl Shards {
         let (sender, address) = oneshot::channel();
         let (environment, for_shard) = (self.0.environment.clone(), tenure.clone());
         arbiter.spawn_fn(move || {
-            drop(sender.send(ShardActor::new(environment, for_shard).start()));
+            drop(sender.send(ShardActor::new(environment, for_shard).begin()));
         });
         let address = address.await.map_err(|_| dead())?;
         // What was read while the shard was elsewhere may be old by now.
@@ -176,8 +176,17 @@ impl Shards {
     fn end(&self, shard: u32, old: Here) {
         old.tenure.end();
         if let Some(arbiter) = self.arbiter(shard) {
-            arbiter.spawn(async move { drop(old.address.send(End).await) });
+            arbiter.spawn(async move {
+                let _ = old.address.send(End).await;
+            });
         }
+    }
+
+    /// The store told how much is lodged for a shard; whether that is news to the tenure it is about.
+    pub fn learn_lodged(&self, fence: &Fence) -> bool {
+        let table = self.0.table.load();
+        let here = table.get(fence.shard as usize).and_then(Option::as_ref);
+        here.filter(|here| here.tenure.epoch == fence.epoch).is_some_and(|here| here.tenure.learn_lodged(fence.lodged))
     }
 
     /// Returns when no shard here has work in hand, provided that nothing new comes. Cancel safe.
@@ -244,7 +253,7 @@ impl Shards {
             return;
         }
         let tenure = dead.tenure.clone();
-        let address = ShardActor::new(self.0.environment.clone(), tenure.clone()).start();
+        let address = ShardActor::new(self.0.environment.clone(), tenure.clone()).begin();
         *place = Some(Here { address, tenure });
         self.0.table.store(Arc::new(table));
     }

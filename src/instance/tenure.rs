@@ -64,9 +64,9 @@ impl Tenure {
         self.lodged.load(Ordering::Acquire)
     }
 
-    /// The store told that so many are lodged.
-    pub fn learn_lodged(&self, lodged: u64) {
-        self.lodged.fetch_max(lodged, Ordering::AcqRel);
+    /// The store told that so many are lodged; whether that is more than was known.
+    pub fn learn_lodged(&self, lodged: u64) -> bool {
+        self.lodged.fetch_max(lodged, Ordering::AcqRel) < lodged
     }
 
     /// Ends it: nothing more is submitted under it.

@@ -313,6 +313,19 @@ async fn instances_leave_when_the_house_is_full_and_come_back_unchanged() {
 }
 
 #[actix_rt::test]
+async fn a_burst_for_an_instance_that_is_not_in_memory_is_taken() {
+    let house = House::build(|_| {}).await;
+    let key = key("burst");
+    let ends: Vec<_> = (0..500)
+        .map(|n| house.router.submit(&key, text(&n.to_string()), None, Until::Decided).expect("it is on its way"))
+        .collect();
+    for (n, end) in ends.into_iter().enumerate() {
+        let end = tokio::time::timeout(Duration::from_secs(20), end).await.unwrap().unwrap();
+        assert!(end.is_ok(), "{n}: {end:?}");
+    }
+}
+
+#[actix_rt::test]
 async fn a_full_inbox_refuses() {
     let house = House::build(|config| config.instances.max_inbox = 4).await;
     let key = key("a");

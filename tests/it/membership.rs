@@ -69,6 +69,8 @@ impl Holder for Hands {
             open.entry(*shard).or_default().retain(|(node, _)| *node != self.node);
         }
     }
+
+    fn seen(&self, _: &[Fence]) {}
 }
 
 /// A store that can stop answering.

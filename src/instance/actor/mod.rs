@@ -164,6 +164,14 @@ impl InstanceActor {
         }
     }
 
+    /// Starts it on this thread's arbiter, with room for a burst that comes before it has run for the first time.
+    pub fn begin(self) -> Addr<Self> {
+        Self::create(|ctx| {
+            ctx.set_mailbox_capacity(self.environment.max_inbox.max(16));
+            self
+        })
+    }
+
     /// An illegal step is a bug: it stops a test, and in production fences the instance, which then only refuses.
     fn become_(&mut self, next: Phase) {
         debug_assert!(self.phase.may_become(next), "{:?} -> {next:?}", self.phase);
@@ -399,10 +407,6 @@ impl InstanceActor {
 
 impl Actor for InstanceActor {
     type Context = Context<Self>;
-
-    fn started(&mut self, ctx: &mut Context<Self>) {
-        ctx.set_mailbox_capacity(self.environment.max_inbox.max(16));
-    }
 }
 
 impl Drop for InstanceActor {
