@@ -209,7 +209,8 @@ impl Node {
         let environment = Environment::new(config, store.clone(), clock.clone()).map_err(part)?;
         let count = if config.node.arbiters == 0 { cores } else { config.node.arbiters };
         let arbiters: Vec<_> = (0..count).map(|_| Arbiter::new()).collect();
-        let handles = arbiters.iter().map(Arbiter::handle).collect();
+        let handles: Vec<_> = arbiters.iter().map(Arbiter::handle).collect();
+        let arbiter = handles.first().cloned().ok_or_else(|| part("there is no arbiter"))?;
         let environment = Arc::new(environment);
         let shards = Shards::new(environment.clone(), config.cluster.shards, handles);
         let member = Member::start(member::Parts {
@@ -220,6 +221,7 @@ impl Node {
             environment: environment.clone(),
             shards: shards.clone(),
             drain: drain.clone(),
+            arbiter,
             handle: edge.handle.clone(),
         })
         .await

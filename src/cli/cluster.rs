@@ -136,12 +136,15 @@ fn page_of_nodes(seen: &Value) -> String {
             out::text(&row["shards"]),
             out::text(&row["load"]["instances"]),
             format!("{}.{} %", busy / 10, busy % 10),
+            row["report"]["age_ms"].as_u64().map_or_else(|| String::from("-"), |age| age.to_string()),
+            out::text(&row["weight"]),
             out::text(&row["lease_left_ms"]),
             roles.join(","),
             out::text(&row["node"]),
         ]
     });
-    out::table("nodes", &["name", "status", "shards", "instances", "busy", "lease ms", "roles", "id"], rows.collect())
+    let head = ["name", "status", "shards", "instances", "busy", "age ms", "weight", "lease ms", "roles", "id"];
+    out::table("nodes", &head, rows.collect())
 }
 
 /// Runs of shards with one owner, so that thousands of shards stay readable.

@@ -290,7 +290,8 @@ mod tests {
         }
 
         fn renew(&mut self, lease: &mut Lease) -> Moves {
-            let renewal = Renewal { lease: TERMS.lease, load: Load::default(), draining: lease.is_draining() };
+            let renewal =
+                Renewal { lease: TERMS.lease, load: Load::default(), weight: 100, draining: lease.is_draining() };
             lease.asks(self.now);
             let view = self.rows.renew(lease.node(), renewal, self.millis()).unwrap();
             lease.renewed(self.now);
@@ -463,7 +464,8 @@ mod tests {
             }
             Due::Join => lease.asks(now),
             Due::Renew => {
-                let renewal = Renewal { lease: TERMS.lease, load: Load::default(), draining: lease.is_draining() };
+                let renewal =
+                    Renewal { lease: TERMS.lease, load: Load::default(), weight: 100, draining: lease.is_draining() };
                 lease.asks(now);
                 let view = bench.rows.renew(lease.node(), renewal, bench.millis());
                 if !answered {

@@ -6,8 +6,8 @@
 //! Tests: `tests/it/cluster.rs`.
 
 use std::{
-    sync::{Arc, Mutex, OnceLock, PoisonError},
-    time::{Duration, Instant},
+    sync::{Arc, OnceLock},
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -15,12 +15,14 @@ use tokio::sync::watch;
 
 use super::{
     PROTOCOL,
+    balancer::{self, Balancer},
     bus::{self, Message},
     forward::{self, Forwarder, Local, Owner, Owners},
+    gauge::Gauge,
     lease::Terms,
-    membership::{self, Holder, Membership, Standing},
+    membership::{self, Holder, Membership, Scales, Standing},
     operations::Operations,
-    shards::Shards,
+    shards::{ArbiterHandle, Shards},
     watch::Watches,
 };
 use crate::{
@@ -29,7 +31,7 @@ use crate::{
     runtime::drain::Drain,
     store::{
         Fence, Scope, Store,
-        ownership::{self, Joining, Ownership},
+        ownership::{self, Joining, Ownership, View},
     },
     types::{InstanceKey, Load, NodeId},
 };
@@ -69,6 +71,8 @@ pub struct Parts<'a> {
     pub shards: Shards,
     /// The node's drain.
     pub drain: Drain,
+    /// Where the load balancer lives.
+    pub arbiter: ArbiterHandle,
     /// Where tasks run.
     pub handle: tokio::runtime::Handle,
 }
@@ -79,6 +83,7 @@ pub struct Member {
     membership: Membership,
     forwarder: Forwarder,
     operations: Operations,
+    balancer: Balancer,
     scope: watch::Receiver<Scope>,
 }
 
@@ -88,7 +93,7 @@ impl Member {
     /// # Errors
     /// [`Error`].
     pub async fn start(parts: Parts<'_>) -> Result<Self, Error> {
-        let Parts { config, addresses, ownership, store, environment, shards, drain, handle } = parts;
+        let Parts { config, addresses, ownership, store, environment, shards, drain, arbiter, handle } = parts;
         let node = NodeId::generate(&config.node.name());
         let (bus, inlet) = bus::start(&config.redis, &config.cluster.name, node.clone(), &handle)?;
         let map = Arc::new(Map { me: node.clone(), shards: shards.clone(), membership: OnceLock::new() });
@@ -104,8 +109,22 @@ impl Member {
         let (for_held, handle_of_held) = (forwarder.clone(), handle.clone());
         let held = Held { shards: shards.clone(), forwarder: for_held, store, scope, shared, handle: handle_of_held };
         let terms = Terms::of(&config.cluster);
-        let load = Gauge::new(environment.clone(), shards.clone());
-        let hint = (bus.clone(), load.clone());
+        #[cfg(feature = "faults")]
+        let claimed = config.faults.busy_permille;
+        #[cfg(not(feature = "faults"))]
+        let claimed = None;
+        let gauge = Gauge::new(environment.clone(), shards.clone(), claimed);
+        let balancer = Balancer::start(balancer::Parts {
+            me: node.clone(),
+            weight: config.node.weight,
+            window: Duration::from_secs(config.scaling.load_seconds),
+            lease: terms.lease,
+            strategy: config.scaling.strategy,
+            gauge: Arc::new(move || gauge.read()),
+            bus: bus.clone(),
+            arbiter,
+        });
+        let hint = (bus.clone(), balancer.clone());
         let membership = Membership::join(membership::Parts {
             ownership: ownership.clone(),
             holder: Arc::new(held),
@@ -122,10 +141,10 @@ impl Member {
             terms,
             look: membership::LOOK,
             restless: membership::RESTLESS,
-            load: Arc::new(move || load.read()),
+            scales: Arc::new(balancer.clone()),
             // A hint: whoever hears it looks sooner. Without a bus everybody looks in time all the same.
             changed: Arc::new(move || {
-                let _ = hint.0.broadcast(&Message::Load(hint.1.read()));
+                let _ = hint.0.broadcast(&Message::Load(hint.1.load()));
             }),
             handle: handle.clone(),
         })
@@ -133,17 +152,26 @@ impl Member {
         // Nobody else sets it.
         let _ = map.membership.set(membership.clone());
         let watches = Watches::start(&environment.hub, &forwarder, &drain, &handle);
-        let (hears, watching) = (membership.clone(), watches.clone());
-        let news = Box::new(move |from: NodeId, message: Message| {
-            if let Err(Message::Load(_)) = watching.hear(from, message) {
+        let (hears, watching, weighs) = (membership.clone(), watches.clone(), balancer.clone());
+        let news = Box::new(move |from: NodeId, message: Message| match watching.hear(from.clone(), message) {
+            Err(Message::Load(load)) => {
+                weighs.hear(from, load, Duration::ZERO);
                 hears.look();
             }
+            Err(Message::Report(load)) => weighs.hear(from, load, Duration::ZERO),
+            _ => {}
         });
         forwarder.serve(inlet, Arc::new(Local::new(shards, environment, news)), &drain);
         handle.spawn(follow(membership.clone(), forwarder.clone(), watches, drain));
         let settled = |standing: &Standing| standing.open > 0 || (standing.version > 1 && !standing.alone);
         let _ = tokio::time::timeout(terms.lease, membership.standing().wait_for(settled)).await;
-        Ok(Self { membership, forwarder, operations: Operations::new(ownership, node), scope: owned })
+        Ok(Self {
+            membership,
+            forwarder,
+            operations: Operations::new(ownership, node, balancer.clone()),
+            balancer,
+            scope: owned,
+        })
     }
 
     /// This node's membership.
@@ -159,6 +187,11 @@ impl Member {
     /// The operator's side.
     pub const fn operations(&self) -> &Operations {
         &self.operations
+    }
+
+    /// Who is how busy, and where work goes that any node may do.
+    pub const fn balancer(&self) -> &Balancer {
+        &self.balancer
     }
 
     /// The shards that are here, and news of them.
@@ -203,6 +236,18 @@ impl Member {
             bus::Health::Up | bus::Health::Off => Ok(()),
             bus::Health::Down(why) => Err(why.to_string()),
         }
+    }
+}
+
+impl Scales for Balancer {
+    fn load(&self) -> Load {
+        Self::load(self)
+    }
+    fn weight(&self) -> u32 {
+        Self::weight(self)
+    }
+    fn see(&self, view: &View) {
+        Self::see(self, view);
     }
 }
 
@@ -343,58 +388,4 @@ pub(super) async fn wake(shards: &Shards, store: &dyn Store, scope: &Scope) -> R
             None => return Ok(woken),
         }
     }
-}
-
-/// How busy this node is: share of the processors since it was last read, instances, work in hand.
-#[derive(Clone)]
-struct Gauge(Arc<GaugeInner>);
-
-struct GaugeInner {
-    environment: Arc<Environment>,
-    shards: Shards,
-    cores: u32,
-    last: Mutex<(Instant, Duration, u32)>,
-}
-
-/// Shares over less time than this are noise.
-const SHORTEST: Duration = Duration::from_millis(200);
-
-impl Gauge {
-    fn new(environment: Arc<Environment>, shards: Shards) -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
-        let last = Mutex::new((Instant::now(), processor_time(), 0));
-        Self(Arc::new(GaugeInner { environment, shards, cores, last }))
-    }
-
-    fn read(&self) -> Load {
-        let inner = &*self.0;
-        let mut last = inner.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let (at, used, _) = *last;
-        let elapsed = at.elapsed();
-        if elapsed >= SHORTEST {
-            let now = processor_time();
-            let share = now.saturating_sub(used).as_secs_f64() / elapsed.as_secs_f64() / f64::from(inner.cores);
-            #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a share
-            let permille = (share * 1000.0).clamp(0.0, 1000.0) as u32;
-            *last = (Instant::now(), now, permille);
-        }
-        Load {
-            busy_permille: last.2,
-            instances: inner.environment.active.load(std::sync::atomic::Ordering::Acquire) as u64,
-            in_hand: inner.shards.busy() as u64,
-        }
-    }
-}
-
-/// Processor time of this process so far.
-fn processor_time() -> Duration {
-    use nix::sys::resource::{UsageWho, getrusage};
-    let Ok(usage) = getrusage(UsageWho::RUSAGE_SELF) else { return Duration::ZERO };
-    [usage.user_time(), usage.system_time()]
-        .iter()
-        .map(|time| {
-            let micros = time.tv_sec().saturating_mul(1_000_000).saturating_add(time.tv_usec());
-            Duration::from_micros(u64::try_from(micros).unwrap_or_default())
-        })
-        .sum()
 }

@@ -26,7 +26,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    lease::{Due, Lease, Moment, Terms},
+    lease::{Due, Lease, Moment, Moves, Terms},
     placement,
 };
 use crate::{
@@ -51,6 +51,16 @@ pub trait Holder: Send + Sync + 'static {
     fn drop_now(&self, shards: &[u32]);
     /// The rights of this node as the store just told them, with what others lodged. Must not wait.
     fn seen(&self, fences: &[Fence]);
+}
+
+/// Port: what this node's row says about its load, and who wants to read the rows of others.
+pub trait Scales: Send + Sync + 'static {
+    /// How busy this node is.
+    fn load(&self) -> Load;
+    /// How much it takes compared to others.
+    fn weight(&self) -> u32;
+    /// The rows were read. Must not wait.
+    fn see(&self, view: &View);
 }
 
 /// Where a shard is.
@@ -119,8 +129,8 @@ pub struct Parts {
     pub look: Duration,
     /// Between two looks while shards change hands; [`RESTLESS`] is usual.
     pub restless: Duration,
-    /// How busy this node is.
-    pub load: Arc<dyn Fn() -> Load + Send + Sync>,
+    /// How busy this node is, and who listens.
+    pub scales: Arc<dyn Scales>,
     /// Told when this node took or released shards: a hint for the others, who then call [`Membership::look`].
     pub changed: Arc<dyn Fn() + Send + Sync>,
     /// Where the task runs.
@@ -169,6 +179,7 @@ impl Membership {
             lease,
             view: View::default(),
             closing: JoinSet::new(),
+            settled: Vec::new(),
             next_look: Moment::ZERO,
             meters: Meters::new(),
         };
@@ -231,11 +242,18 @@ struct Meters {
     taken: metrics::Counter,
     handed: metrics::Counter,
     lost: metrics::Counter,
+    moves_by_drain: metrics::Counter,
+    moves_by_members: metrics::Counter,
+    moves_by_weight: metrics::Counter,
 }
 
 impl Meters {
     fn new() -> Self {
+        let moves = |reason| metrics::counter!(metric::CLUSTER_MOVES, "reason" => reason);
         Self {
+            moves_by_drain: moves("drain"),
+            moves_by_members: moves("members"),
+            moves_by_weight: moves("weight"),
             nodes: metrics::gauge!(metric::CLUSTER_NODES),
             open: metrics::gauge!(metric::CLUSTER_SHARDS),
             renewals: metrics::histogram!(metric::CLUSTER_RENEWAL_SECONDS),
@@ -255,6 +273,8 @@ struct Keeper {
     /// As last seen.
     view: View,
     closing: JoinSet<u32>,
+    /// Who could own shards when nothing was on the move last.
+    settled: Vec<NodeId>,
     next_look: Moment,
     meters: Meters,
 }
@@ -332,8 +352,9 @@ impl Keeper {
         }
         let asked = self.now();
         self.lease.asks(asked);
-        let (lease, load) = (self.parts.terms.lease, (self.parts.load)());
-        let renewal = Renewal { lease, load, draining: self.lease.is_draining() };
+        let (lease, scales) = (self.parts.terms.lease, &self.parts.scales);
+        let (load, weight) = (scales.load(), scales.weight());
+        let renewal = Renewal { lease, load, weight, draining: self.lease.is_draining() };
         let answer = timeout(self.limit(), self.parts.ownership.renew(&self.shared.node, renewal)).await;
         match answer.unwrap_or_else(|_| Err(late())) {
             Ok(view) => {
@@ -355,6 +376,7 @@ impl Keeper {
     }
 
     async fn carry_out(&mut self, view: View) {
+        self.parts.scales.see(&view);
         let was_draining = self.lease.is_draining();
         let moves = self.lease.look(&view, self.now());
         self.view = view;
@@ -366,6 +388,7 @@ impl Keeper {
             self.meters.lost.increment(moves.lost.len() as u64);
             self.parts.holder.drop_now(&moves.lost);
         }
+        self.count(&moves);
         for shard in moves.hand_off {
             let holder = self.parts.holder.clone();
             self.closing.spawn_on(
@@ -389,6 +412,21 @@ impl Keeper {
             self.lease.within(self.now() + self.parts.restless);
         }
         self.publish();
+    }
+
+    /// Counts what is handed off, by why: this node drains, others came or went, or the same nodes have other weights.
+    fn count(&mut self, moves: &Moves) {
+        let takers = self.view.nodes.iter().filter(|row| placement::may_own(row)).map(|row| row.node.clone());
+        if !self.lease.is_restless() {
+            self.settled = takers.collect();
+            return;
+        }
+        let number = moves.hand_off.len() as u64;
+        match (self.lease.is_draining(), takers.eq(self.settled.iter().cloned())) {
+            (true, _) => self.meters.moves_by_drain.increment(number),
+            (false, false) => self.meters.moves_by_members.increment(number),
+            (false, true) => self.meters.moves_by_weight.increment(number),
+        }
     }
 
     async fn take(&mut self, claims: &[Claim]) {

@@ -6,21 +6,27 @@
 
 use crate::types::Protocol;
 
+pub mod balancer;
 pub mod bus;
 pub mod calls;
 pub mod forward;
+mod gauge;
 pub mod lease;
 pub mod member;
 pub mod membership;
 pub mod operations;
 pub mod placement;
 pub mod router;
+pub mod routing;
 pub mod shard;
 pub mod shards;
 pub mod watch;
 
 /// The versions of the cluster's protocol this build speaks: rows, messages and stored formats that nodes share.
-pub const PROTOCOL: Protocol = Protocol { min: 1, max: 1 };
+///
+/// - 1: the first.
+/// - 2: nodes tell each other now and then how busy they are.
+pub const PROTOCOL: Protocol = Protocol { min: 1, max: 2 };
 
 pub use membership::Membership;
 pub use operations::Operations;

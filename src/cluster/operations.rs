@@ -4,6 +4,7 @@
 
 use std::sync::Arc;
 
+use super::{balancer::Balancer, routing::Routing};
 use crate::{
     store::ownership::{self, NodeRow, Ownership, View},
     types::{Fault, Kind, NodeId},
@@ -46,12 +47,18 @@ impl Fault for Error {
 pub struct Operations {
     ownership: Arc<dyn Ownership>,
     me: NodeId,
+    balancer: Balancer,
 }
 
 impl Operations {
     /// Of the node with this id.
-    pub fn new(ownership: Arc<dyn Ownership>, me: NodeId) -> Self {
-        Self { ownership, me }
+    pub const fn new(ownership: Arc<dyn Ownership>, me: NodeId, balancer: Balancer) -> Self {
+        Self { ownership, me, balancer }
+    }
+
+    /// Who is there and how busy, as this node believes. Lock-free.
+    pub fn routing(&self) -> arc_swap::Guard<Arc<Routing>> {
+        self.balancer.routing()
     }
 
     /// This node.

@@ -1,17 +1,18 @@
 //! Which node should own which shard. Pure: a view of the cluster in, a plan out, the same on every node.
 //!
-//! Weighted rendezvous hashing (Thaler and Ravishankar 1998; weights by the logarithmic method of Schindelhauer and
-//! Schomaker 2005) says who likes a shard best. Hashing alone is uneven: with 256 shards on 3 nodes, shares differ by 9 %
-//! (standard deviation). So, as in consistent hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018), nobody
-//! gets more than its share rounded up; and what a node rightly owns it keeps, so the plan starts from the present owners
-//! and is no function of the members alone.
+//! Weighted rendezvous hashing (`scaling::load_balancer`) says who likes a shard best, by the weights in the nodes' rows.
+//! Hashing alone is uneven: with 256 shards on 3 nodes, shares differ by 9 % (standard deviation). So, as in consistent
+//! hashing with bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018), nobody gets more than its share rounded up; and what
+//! a node rightly owns it keeps, so the plan starts from the present owners and is no function of the members alone.
 //!
-//! Not here: taking and giving (`cluster::lease`), who is alive (`store::ownership`).
+//! Not here: taking and giving (`cluster::lease`), who is alive (`store::ownership`), what a node weighs under its load
+//! (`cluster::balancer`: each says so in its own row, so that all plan by the same figures).
 //! Invariants: a node's arrival moves shards only to it, its end only those it had; at rest every node has its share, rounded
 //! up or down, and nothing moves; a shard nobody owns is always planned for somebody.
 //! Tests: at the foot.
 
 use crate::{
+    scaling::load_balancer::score,
     store::ownership::{NodeRow, View},
     types::{NodeId, Role, id::stable_hash},
 };
@@ -86,7 +87,8 @@ pub fn is_alone(view: &View, node: &NodeId) -> bool {
     !view.nodes.iter().any(|row| row.node != *node && may_own(row))
 }
 
-fn may_own(row: &NodeRow) -> bool {
+/// Whether a node may own shards: its lease runs, its process is there, it stays, and it has the role.
+pub fn may_own(row: &NodeRow) -> bool {
     row.holds() && !row.draining && row.roles.has(Role::Mind) && row.weight > 0
 }
 
@@ -124,9 +126,7 @@ impl Candidate<'_> {
     /// How much it likes a shard; the greatest wins. Among nodes of equal weight each wins as often as any other, and a node
     /// of twice the weight twice as often.
     fn score(&self, shard: u32) -> f64 {
-        let hash = stable_hash(self.name.bytes().chain([0]).chain(shard.to_le_bytes()));
-        let even = ((hash >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
-        f64::from(self.weight) / -even.ln()
+        score(stable_hash(self.name.bytes().chain([0]).chain(shard.to_le_bytes())), self.weight)
     }
 
     fn excess(&self) -> f64 {
@@ -338,6 +338,19 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_node_that_gives_up_weight_sheds_just_that(shards in 1..300u32, nodes in 2..8usize, step in 1..4u32, moves in 1..40usize) {
+            let mut view = view(shards, &vec![800; nodes]);
+            settle(&mut view, 256);
+            let before = owners(&view);
+            view.nodes[0].weight -= 100 * step;
+            settle(&mut view, moves);
+            let moved = before.iter().zip(owners(&view)).filter(|(old, new)| *old != new).count();
+            let share = |weight: u32| f64::from(shards) * f64::from(weight) / f64::from(800 * nodes as u32 - 100 * step);
+            let shed = f64::from(shards) / nodes as f64 - share(800 - 100 * step);
+            prop_assert!(moved as f64 <= shed + nodes as f64, "{moved} moved, {shed} to shed");
+        }
+
         #[test]
         fn at_rest_everybody_has_a_fair_share(shards in 1..300u32, weights in weights(), moves in 1..40usize) {
             let mut view = view(shards, &weights);

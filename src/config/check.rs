@@ -103,6 +103,7 @@ fn ranges(config: &Config, found: &mut Findings) {
     let most = scaling.max_consciousness_instances;
     found.range(&["scaling", "max_consciousness_instances"], most, 1..=100_000_000);
     found.range(&["scaling", "cache_l1_size_mb"], scaling.cache_l1_size_mb, 0..=1_048_576);
+    found.range(&["scaling", "load_seconds"], scaling.load_seconds, 0..=3600);
     found.range(&["instances", "idle_passivate_seconds"], instances.idle_passivate_seconds, 1..=31_536_000);
     found.range(&["instances", "max_inbox"], instances.max_inbox, 1..=1_000_000);
     found.range(&["instances", "scan_seconds"], instances.scan_seconds, 1..=3600);

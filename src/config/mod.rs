@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::{InstanceId, Roles, Scope, TenantId, profile::EngineName};
+use crate::types::{InstanceId, Roles, Scope, Strategy, TenantId, profile::EngineName};
 
 mod check;
 pub mod env;
@@ -321,6 +321,10 @@ pub struct Scaling {
     pub max_consciousness_instances: usize,
     /// In-process cache, in MiB.
     pub cache_l1_size_mb: usize,
+    /// Over how long load is averaged before shards follow it, in seconds; 0: they do not.
+    pub load_seconds: u64,
+    /// How one of several nodes is picked.
+    pub strategy: Strategy,
 }
 
 /// `[instances]`
@@ -476,6 +480,8 @@ pub struct Faults {
     pub disk_full_file: Option<PathBuf>,
     /// Do not recognise repeated stimulus ids.
     pub dedupe_off: bool,
+    /// How busy the node says it is, in thousandths, in place of how busy it is.
+    pub busy_permille: Option<u32>,
 }
 
 impl Faults {

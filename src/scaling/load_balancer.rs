@@ -1,34 +1,20 @@
 //! Which of several nodes a piece of work should go to: the strategies, as plain functions over an immutable snapshot.
 //!
-//! Not here: who publishes the snapshot and when (`cluster::balancer`), which shard goes where (`cluster::placement`, which
-//! uses [`score`]). Invariants: only members that are open are picked; a pick reads the snapshot and nothing else, so that
-//! any thread may pick at any time without a lock.
+//! Not here: who publishes the snapshot and when (`cluster::balancer`), what is known of loads (`load_report`), which shard
+//! goes where (`cluster::placement`, which uses [`score`]). Invariants: only members that are open are picked; a pick reads
+//! the snapshot and nothing else, so that any thread may pick at any time without a lock; load that wavers changes no
+//! weight, and a weight says what its node said so far (see [`Weighing`]).
 //!
 //! Sources: power of two choices (Mitzenmacher 1996); smooth weighted round robin (as in nginx); rendezvous hashing (Thaler
 //! and Ravishankar 1998) with the logarithmic weights of Schindelhauer and Schomaker (2005).
 //! Tests: at the foot.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
 
-use serde::{Deserialize, Serialize};
-
-/// How a member is picked.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Strategy {
-    /// One after the other.
-    RoundRobin,
-    /// The one with the least load for its weight.
-    LeastLoaded,
-    /// The less loaded of two drawn at random: nearly as even as the least loaded, and not everybody runs to the same one
-    /// while reports are old.
-    PowerOfTwo,
-    /// One after the other, as often as its weight says.
-    Weighted,
-    /// Always the same one for the same key, in proportion to the weights.
-    #[default]
-    Rendezvous,
-}
+pub use crate::types::Strategy;
 
 /// One who can be picked.
 #[derive(Debug, Clone, PartialEq)]
@@ -69,6 +55,13 @@ impl<N> Balance<N> {
         Self { strategy, members, wheel, picks: AtomicU64::new(0) }
     }
 
+    /// Goes on where another left off, so that taking turns survives a new snapshot.
+    #[must_use]
+    pub fn after(self, other: &Self) -> Self {
+        self.picks.store(other.picks.load(Ordering::Relaxed), Ordering::Relaxed);
+        self
+    }
+
     /// Those that can be picked.
     pub fn members(&self) -> &[Member<N>] {
         &self.members
@@ -96,7 +89,8 @@ impl<N> Balance<N> {
                 self.members.get(usize::from(*self.wheel.get(place)?))
             }
             Strategy::Rendezvous => self.members.iter().max_by(|a, b| {
-                score(key, a.hash, a.weight).total_cmp(&score(key, b.hash, b.weight)).then(a.hash.cmp(&b.hash))
+                let score = |member: &Member<N>| score(mix(key ^ mix(member.hash)), member.weight);
+                score(a).total_cmp(&score(b)).then(a.hash.cmp(&b.hash))
             }),
         }
     }
@@ -107,12 +101,13 @@ fn pressure<N>(member: &Member<N>) -> u64 {
     u64::from(member.busy_permille) * 1000 / u64::from(member.weight.max(1))
 }
 
-/// How much a member wants a key: the highest score has it. When members come or go, or a weight changes, only keys move that
-/// the change gives or takes.
+/// How much a member of some weight wants a key, from a hash of the two: the highest score has it, and one of twice the
+/// weight has it twice as often. When members come or go, or a weight changes, only keys move that the change gives or
+/// takes. Part of what nodes agree on: placement differs between builds that count differently.
 #[allow(clippy::cast_precision_loss)] // 53 of 64 random bits are plenty
-pub fn score(key: u64, member: u64, weight: u32) -> f64 {
-    let drawn = (mix(key ^ mix(member)) >> 11) as f64 / (1u64 << 53) as f64;
-    -f64::from(weight) / drawn.max(f64::MIN_POSITIVE).ln()
+pub fn score(drawn: u64, weight: u32) -> f64 {
+    let even = ((drawn >> 11) as f64 + 0.5) / (1u64 << 53) as f64;
+    f64::from(weight) / -even.ln()
 }
 
 /// The finishing mix of `MurmurHash3` (Appleby), over a shifted value so that 0 does not stay 0.
@@ -145,28 +140,68 @@ const fn gcd(a: u32, b: u32) -> u32 {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// The weight a member should have for the next placement, from its configured one and how busy it is: below half of its
-/// power it counts whole, at full power half. In steps of an eighth, and kept while the load stays within a band around
-/// the step it is on, so that load that wavers moves nothing.
-pub fn weight_under_load(configured: u32, busy_permille: u32, before: Option<u32>) -> u32 {
-    let step = |busy: u32| busy.saturating_sub(500).min(500) / 125;
-    let of = |step: u32| (configured - configured * step / 8).max(u32::from(configured > 0));
-    let near = [busy_permille.saturating_sub(BAND), busy_permille + BAND].map(|busy| of(step(busy)));
-    match before {
-        Some(before) if near.contains(&before) => before,
-        _ => of(step(busy_permille)),
-    }
+/// The weight a node should have for the placement of shards, from its configured one and how busy it was over a while.
+///
+/// Below seven tenths of its power it counts whole. Beyond that it gives up an eighth of its weight, and then perhaps
+/// another, up to three, but only while it is clearly busier than the others: where all are busy, moving shards helps
+/// nobody. A step is taken back when the node is well below what led to it. At most one step in the time over which load is
+/// averaged, so that what moved shows before more moves. What is given up never brings a step back by itself: of a load
+/// in proportion to the weight, seven eighths (six sevenths, five sixths) of the way up are above the way down.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Weighing {
+    configured: u32,
+    window: Duration,
+    step: u32,
+    /// Since when it is on this step, on the caller's clock.
+    since: Option<Duration>,
 }
 
-/// How far, in thousandths, load may leave the step its weight stands for before the weight changes.
-const BAND: u32 = 60;
+/// Steps, in eighths of the weight, that a node gives up at most.
+const STEPS: u32 = 3;
+/// How far, in thousandths, load has to leave the border between two steps before the step changes, and a node's load that
+/// of the others.
+const BAND: u32 = 80;
+
+impl Weighing {
+    /// A node of this weight, whose load is averaged over `window`. With none, the weight stays as configured.
+    pub const fn new(configured: u32, window: Duration) -> Self {
+        Self { configured, window, step: 0, since: None }
+    }
+
+    /// The weight at present.
+    pub const fn weight(&self) -> u32 {
+        let weight = self.configured - self.configured * self.step / 8;
+        if weight == 0 && self.configured > 0 { 1 } else { weight }
+    }
+
+    /// Judges anew: how busy the node was lately on average, and the others, if there are any, both in thousandths. `now`
+    /// is of a clock that never jumps back. Returns the weight.
+    pub fn judge(&mut self, now: Duration, busy_permille: u32, others_permille: Option<u32>) -> u32 {
+        let since = *self.since.get_or_insert(now);
+        if self.window.is_zero() || now.saturating_sub(since) < self.window {
+            return self.weight();
+        }
+        let border = |step: u32| 500 + 125 * step;
+        let busier = others_permille.is_some_and(|others| busy_permille >= others + BAND);
+        let before = self.step;
+        if self.step < STEPS && busier && busy_permille >= border(self.step + 1) + BAND {
+            self.step += 1;
+        } else if self.step > 0 && busy_permille < border(self.step) - BAND {
+            self.step -= 1;
+        }
+        if self.step != before {
+            self.since = Some(now);
+        }
+        self.weight()
+    }
+}
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use std::collections::BTreeMap;
 
-    use proptest::{prop_assert, proptest};
+    use proptest::{collection::vec, option, prop_assert, proptest};
 
     use super::*;
 
@@ -241,28 +276,84 @@ mod tests {
         }
     }
 
+    const WINDOW: Duration = Duration::from_secs(30);
+
+    fn at(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
     #[test]
-    fn a_weight_follows_the_load_in_steps_and_does_not_waver() {
-        assert_eq!(weight_under_load(100, 0, None), 100);
-        assert_eq!(weight_under_load(100, 1000, None), 50);
-        let at = weight_under_load(100, 700, None);
-        assert_eq!(at, 88);
-        for busy in [640, 690, 740] {
-            assert_eq!(weight_under_load(100, busy, Some(at)), at, "{busy}");
+    fn a_node_that_is_busier_than_the_others_gives_up_weight_step_by_step() {
+        let mut weighing = Weighing::new(100, WINDOW);
+        let weights: Vec<u32> = (0..8).map(|n| weighing.judge(at(n * 15), 1000, Some(400))).collect();
+        assert_eq!(weights, [100, 100, 88, 88, 75, 75, 63, 63], "one step in a window");
+        assert_eq!(weighing.judge(at(1000), 1000, Some(0)), 63, "and not more than three");
+        assert_eq!(weighing.judge(at(2000), 800, Some(0)), 63, "it does not come back for a little less");
+        let weights: Vec<u32> = (0..4).map(|n| weighing.judge(at(3000 + n * 30), 300, Some(900))).collect();
+        assert_eq!(weights, [75, 88, 100, 100]);
+    }
+
+    #[test]
+    fn where_all_are_busy_or_there_is_nobody_else_or_it_is_off_nothing_is_given_up() {
+        for (window, others) in [(WINDOW, Some(950)), (WINDOW, None), (Duration::ZERO, Some(0))] {
+            let mut weighing = Weighing::new(100, window);
+            assert!((0..20).all(|n| weighing.judge(at(n * 60), 1000, others) == 100), "{window:?} {others:?}");
         }
-        assert!(weight_under_load(100, 900, Some(at)) < at);
+        let mut one = Weighing::new(1, WINDOW);
+        assert!((0..20).all(|n| one.judge(at(n * 60), 1000, Some(0)) == 1), "nobody falls to nothing");
     }
 
     proptest! {
         #[test]
-        fn weights_stay_between_half_and_whole(configured in 1u32..10_000, busy in 0u32..3000, before in proptest::option::of(0u32..10_000)) {
-            let weight = weight_under_load(configured, busy, before);
-            prop_assert!(weight <= configured && weight >= configured / 2);
+        fn weights_stay_between_five_eighths_and_whole(configured in 1u32..10_000, loads in vec((0u32..1500, option::of(0u32..1500)), 1..200)) {
+            let mut weighing = Weighing::new(configured, WINDOW);
+            for (number, (busy, others)) in (0..).zip(loads) {
+                let weight = weighing.judge(at(number * 31), busy, others);
+                prop_assert!(weight <= configured && u64::from(weight) * 8 >= u64::from(configured) * 5);
+            }
+        }
+
+        /// Whatever the load is and however it wavers around that: at most one change for each border it is really
+        /// beyond, and none back.
+        #[test]
+        fn load_that_wavers_moves_nothing(base in 0u32..1000, others in 0u32..1000, noise in vec((0..=BAND, 0..=BAND), 300)) {
+            let mut weighing = Weighing::new(800, WINDOW);
+            let wavering = |base: u32, by: u32| (base + by).saturating_sub(BAND / 2);
+            let mut before = 800;
+            for (number, (own, other)) in (0..).zip(noise) {
+                let weight = weighing.judge(at(number * 31), wavering(base, own), Some(wavering(others, other)));
+                prop_assert!(weight <= before, "it came back from {before} to {weight}");
+                prop_assert!(weight == before || (base + BAND / 2 >= 625 + BAND && base + BAND >= others + BAND));
+                before = weight;
+            }
+        }
+
+        /// Load that follows the weights, a burden of its own on each node: it comes to rest, and only those that were
+        /// busier than the rest gave something up.
+        #[test]
+        fn what_sheds_comes_to_rest(burdens in vec(0.0f64..900.0, 2..8), work in 0.0f64..5000.0) {
+            let mut nodes = vec![Weighing::new(100, WINDOW); burdens.len()];
+            let mut changes = Vec::new();
+            for round in 0..400u64 {
+                let total: u32 = nodes.iter().map(Weighing::weight).sum();
+                let busy: Vec<u32> = (nodes.iter().zip(&burdens))
+                    .map(|(node, burden)| (burden + work * f64::from(node.weight()) / f64::from(total)).min(1000.0) as u32)
+                    .collect();
+                let sum: u32 = busy.iter().sum();
+                for (node, busy) in nodes.iter_mut().zip(busy) {
+                    let others = (sum - busy) / (burdens.len() as u32 - 1);
+                    let before = node.weight();
+                    if node.judge(at(round * 31), busy, Some(others)) != before {
+                        changes.push(round);
+                    }
+                }
+            }
+            prop_assert!(changes.iter().all(|round| *round < 100), "still moving: {changes:?}");
         }
 
         #[test]
-        fn a_heavier_member_never_loses_a_key(key: u64, member: u64, weight in 1u32..1000, more in 1u32..1000) {
-            prop_assert!(score(key, member, weight + more) >= score(key, member, weight));
+        fn a_heavier_member_never_loses_a_key(drawn: u64, weight in 1u32..1000, more in 1u32..1000) {
+            prop_assert!(score(drawn, weight + more) >= score(drawn, weight));
         }
     }
 }

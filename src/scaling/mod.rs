@@ -2,3 +2,4 @@
 
 pub mod cache;
 pub mod load_balancer;
+pub mod load_report;

@@ -95,7 +95,7 @@ pub struct Joining {
     pub addresses: Vec<String>,
     /// What it takes part in.
     pub roles: Roles,
-    /// How much it takes compared to others; 100 is usual.
+    /// How much it takes compared to others, until it renews with another weight; 100 is usual.
     pub weight: u32,
     /// What its build speaks.
     pub protocol: Protocol,
@@ -110,6 +110,8 @@ pub struct Renewal {
     pub lease: Duration,
     /// How busy it is.
     pub load: Load,
+    /// How much it takes compared to others, at present.
+    pub weight: u32,
     /// Whether it gives everything away and takes nothing.
     pub draining: bool,
 }
@@ -123,7 +125,7 @@ pub struct NodeRow {
     pub addresses: Vec<String>,
     /// What it takes part in.
     pub roles: Roles,
-    /// How much it takes compared to others.
+    /// How much it takes compared to others, at present.
     pub weight: u32,
     /// What its build speaks.
     pub protocol: Protocol,
@@ -303,7 +305,7 @@ impl Rows {
     pub fn renew(&mut self, node: &NodeId, renewal: Renewal, now: Millis) -> Result<View, Error> {
         let member = self.member(node, now)?;
         member.until = later(now, renewal.lease);
-        member.row.load = renewal.load;
+        (member.row.load, member.row.weight) = (renewal.load, renewal.weight);
         member.row.draining |= renewal.draining;
         Ok(self.view(now))
     }

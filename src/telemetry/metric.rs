@@ -123,6 +123,18 @@ metrics! {
     CLUSTER_SHARDS_HANDED = Counter "sophont_cluster_handed_shards_total";
     /// Shards this node lost: taken by others, or closed because the lease was not renewed in time.
     CLUSTER_SHARDS_LOST = Counter "sophont_cluster_lost_shards_total";
+    /// Shards this node began to hand off, by reason: it drains (`drain`), nodes came or went (`members`), or weights changed (`weight`).
+    CLUSTER_MOVES = Counter "sophont_cluster_moved_shards_total";
+    /// How much this node takes compared to others, under its load.
+    BALANCER_WEIGHT = Gauge "sophont_cluster_weight_ratio";
+    /// Share of this node's processor time in use, on average over `scaling.load_seconds`.
+    BALANCER_BUSY = Gauge "sophont_cluster_busy_ratio";
+    /// Reports of load that were newer than what was known, by way (`own`, `bus`, `row`).
+    BALANCER_REPORTS = Counter "sophont_cluster_load_reports_total";
+    /// Times that a node's newest report grew too old to be believed.
+    BALANCER_STALE = Counter "sophont_cluster_stale_loads_total";
+    /// News left out because the load balancer was behind.
+    BALANCER_LEFT_OUT = Counter "sophont_cluster_left_out_reports_total";
     /// Stimuli for instances of other nodes, by way (`sent`, `lodged`); one may go both ways.
     FORWARDED = Counter "sophont_cluster_forwarded_stimuli_total";
     /// Stimuli on their way to other nodes and not durable yet.

@@ -21,7 +21,7 @@ pub use auth::{AuthContext, Principal, Scope};
 pub use error::{Fault, Kind};
 pub use id::{Channel, InstanceId, InstanceKey, NodeId, StimulusId, TenantId};
 pub use json::RawJson;
-pub use node::{Load, Protocol, Role, Roles};
+pub use node::{Load, Protocol, Role, Roles, Strategy};
 pub use profile::{Profile, RuleSpec};
 pub use state::{StateDoc, StateSnapshot};
 pub use stimulus::{Priority, ReplyTo, Source, Stimulus};

@@ -108,6 +108,24 @@ impl fmt::Display for Protocol {
     }
 }
 
+/// How one of several nodes is picked for work that any of them may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Strategy {
+    /// One after the other.
+    RoundRobin,
+    /// The one with the least load for its weight.
+    LeastLoaded,
+    /// The less loaded of two drawn at random: nearly as even as the least loaded, and not everybody runs to the same one
+    /// while reports are old.
+    #[default]
+    PowerOfTwo,
+    /// One after the other, as often as its weight says.
+    Weighted,
+    /// Always the same one for the same key, in proportion to the weights.
+    Rendezvous,
+}
+
 /// How busy a node is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 pub struct Load {

@@ -11,7 +11,7 @@ use crate::{
         PATIENCE,
         cluster::{Cluster, all_open, check_history, run_flow, under_flow},
         http::{echo, slow},
-        node, wait_until,
+        metric, node, wait_until,
     },
 };
 
@@ -191,4 +191,46 @@ async fn an_operator_drains_a_node_and_nobody_notices() {
     let drained = rows.iter().find(|row| row["name"] == "n1").unwrap();
     assert_eq!((&drained["shards"], &drained["status"]), (&json!(0), &json!("draining")));
     check_history(&cluster.client(1), &senders).await;
+}
+
+#[tokio::test]
+async fn a_light_node_has_less_and_one_that_is_burdened_sheds_without_a_failed_request() {
+    // The load of the burdened one is averaged over a second, so that the test need not wait for long.
+    let cluster = Cluster::build_uneven(3, true, |number, builder| {
+        let [weight, busy, window] = [["100", "100", "0"], ["50", "100", "0"], ["100", "1000", "1"]][number];
+        builder
+            .env("SOPHONT__NODE__WEIGHT", weight)
+            .env("SOPHONT__FAULTS__BUSY_PERMILLE", busy)
+            .env("SOPHONT__SCALING__LOAD_SECONDS", window)
+    })
+    .await;
+    let shut = all_open(3);
+    let senders = under_flow(&cluster, 9, &shut, async {
+        // Of 24 shards: 100, 50 and 63 parts of 213.
+        wait_until("shares follow weights and loads", PATIENCE, async || {
+            let rows = cluster.rows(0).await;
+            let of =
+                |name: &str, what: &str| rows.iter().find(|row| row["name"] == name).and_then(|row| row[what].as_u64());
+            let shares = ["n0", "n1", "n2"].map(|name| of(name, "shards").unwrap_or_default());
+            of("n2", "weight") == Some(63)
+                && (11..=12).contains(&shares[0])
+                && (5..=6).contains(&shares[1])
+                && (7..=8).contains(&shares[2])
+        })
+        .await;
+    })
+    .await;
+    for sender in &senders {
+        assert!(sender.failures.is_empty(), "{:?}", sender.failures);
+    }
+    check_history(&cluster.client(1), &senders).await;
+    let moved = metric(&cluster.client(2), "sophont_cluster_moved_shards_total{reason=\"weight\"}").await;
+    assert!(moved > 0.0, "{moved}");
+    let rows = cluster.rows(0).await;
+    let row = rows.iter().find(|row| row["name"] == "n2").unwrap();
+    assert_eq!((&row["report"]["busy_permille"], &row["load"]["busy_permille"]), (&json!(1000), &json!(1000)));
+    wait_until("the bus tells loads", PATIENCE, async || {
+        cluster.rows(0).await.iter().any(|row| row["name"] == "n2" && row["report"]["by"] == "bus")
+    })
+    .await;
 }

@@ -12,7 +12,7 @@ use sophont::{
     cluster::{
         Membership,
         lease::Terms,
-        membership::{Holder, Parts},
+        membership::{Holder, Parts, Scales},
     },
     runtime::clock::Clock,
     store::{
@@ -31,6 +31,19 @@ use crate::{
 
 const SHARDS: u32 = 12;
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A node without work.
+struct Idle;
+
+impl Scales for Idle {
+    fn load(&self) -> Load {
+        Load::default()
+    }
+    fn weight(&self) -> u32 {
+        100
+    }
+    fn see(&self, _: &View) {}
+}
 
 /// Where every shard is open, over all nodes of a test.
 #[derive(Default)]
@@ -143,7 +156,7 @@ impl Cluster {
             terms: Terms { lease: LEASE, every: LEASE / 3, moves: 3 },
             look: Duration::from_millis(50),
             restless: Duration::from_millis(10),
-            load: Arc::new(Load::default),
+            scales: Arc::new(Idle),
             changed: Arc::new(|| {}),
             handle: tokio::runtime::Handle::current(),
         };
@@ -289,7 +302,7 @@ async fn a_node_that_does_not_fit_is_refused() {
         terms: Terms { lease: LEASE, every: LEASE / 3, moves: 3 },
         look: Duration::from_millis(50),
         restless: Duration::from_millis(10),
-        load: Arc::new(Load::default),
+        scales: Arc::new(Idle),
         changed: Arc::new(|| {}),
         handle: tokio::runtime::Handle::current(),
     };

@@ -100,7 +100,7 @@ async fn join(subject: &Subject, name: &str) -> NodeId {
 }
 
 fn renewal() -> Renewal {
-    Renewal { lease: LEASE, load: Load::default(), draining: false }
+    Renewal { lease: LEASE, load: Load::default(), weight: 100, draining: false }
 }
 
 async fn take(subject: &Subject, node: &NodeId, claims: &[(u32, u64)]) -> Vec<(u32, u64)> {
@@ -195,9 +195,9 @@ async fn a_build_too_far_apart_is_refused(subject: Subject) {
 async fn renewal_keeps_a_lease_and_tells_what_changed(subject: Subject) {
     let node = join(&subject, "a").await;
     let load = Load { busy_permille: 500, instances: 7, in_hand: 3 };
-    let longer = Renewal { lease: LEASE * 20, load, draining: true };
+    let longer = Renewal { lease: LEASE * 20, load, weight: 60, draining: true };
     let view = subject.ownership.renew(&node, longer).await.unwrap();
-    assert_eq!((view.nodes[0].load, view.nodes[0].draining), (load, true));
+    assert_eq!((view.nodes[0].load, view.nodes[0].weight, view.nodes[0].draining), (load, 60, true));
     subject.pass_a_lease().await;
     let view = subject.ownership.renew(&node, renewal()).await.unwrap();
     assert!(view.nodes[0].holds() && view.nodes[0].draining, "a drain is not taken back");

@@ -116,7 +116,7 @@ impl State {
             Due::Renew => {
                 node.lease.asks(now);
                 let draining = node.lease.is_draining();
-                let renewal = Renewal { lease: TERMS.lease, load: Load::default(), draining };
+                let renewal = Renewal { lease: TERMS.lease, load: Load::default(), weight: 100, draining };
                 node.answer = Some((now, self.rows.renew(node.lease.node(), renewal, millis).ok()));
             }
             Due::Nothing(_) => {}

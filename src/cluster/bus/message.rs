@@ -1,7 +1,8 @@
 //! What nodes say to each other.
 //!
 //! Owns: the messages, and how an answer of an instance looks on the wire. Not here: their envelope (`frame`), what they
-//! make a node do (`cluster::forward`). A change of a message or of a type in it is a new frame version: golden files tell.
+//! make a node do (`cluster::forward`). A published kind never changes: a change is a new kind at the end, said since a new
+//! version of the protocol ([`Message::since`]); golden files tell.
 //! Tests: at the foot, and those of `frame`.
 
 use std::{sync::Arc, time::Duration};
@@ -12,7 +13,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use crate::{
     instance::{self, Receipt, inbox::BEHIND},
     store::{self, DeadLetter},
-    types::{InstanceKey, Load, Millis, NodeId, RawJson, Stimulus, StimulusId, TurnRecord},
+    types::{InstanceKey, Load, Millis, NodeId, Protocol, RawJson, Stimulus, StimulusId, TurnRecord},
 };
 
 /// A message between nodes.
@@ -38,6 +39,10 @@ pub enum Message {
     Events(Events),
     /// Bytes of a door for the same door on other nodes.
     Relay(Relay),
+    /// How busy the sender is, told now and then. Since protocol 2; a [`Message::Load`] also says that shards changed hands.
+    Report(Load),
+    /// The sender cannot read what the receiver sent it. Since protocol 2.
+    Unread(Unread),
 }
 
 /// A batch of one sender's stimuli for one instance, in order.
@@ -405,10 +410,39 @@ pub struct Relay {
     pub body: Bytes,
 }
 
+/// What a node cannot read, and what it could.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unread {
+    /// The version of the frame.
+    pub version: u8,
+    /// The versions its build reads.
+    pub reads: Protocol,
+}
+
 impl Message {
+    /// The version of the protocol since which this is said. Whoever speaks an older one is not told.
+    pub const fn since(&self) -> u8 {
+        match self {
+            Message::Report(_) | Message::Unread(_) => 2,
+            _ => 1,
+        }
+    }
+
     /// The names of the kinds, for figures and logs.
-    pub const KINDS: [&str; 10] =
-        ["work", "results", "ask", "answer", "wake", "invalidate", "load", "watch", "events", "relay"];
+    pub const KINDS: [&str; 12] = [
+        "work",
+        "results",
+        "ask",
+        "answer",
+        "wake",
+        "invalidate",
+        "load",
+        "watch",
+        "events",
+        "relay",
+        "report",
+        "unread",
+    ];
 
     /// Which of [`Message::KINDS`] it is.
     pub const fn number(&self) -> usize {
@@ -423,6 +457,8 @@ impl Message {
             Message::Watch(_) => 7,
             Message::Events(_) => 8,
             Message::Relay(_) => 9,
+            Message::Report(_) => 10,
+            Message::Unread(_) => 11,
         }
     }
 
@@ -550,6 +586,8 @@ pub(crate) fn samples() -> Vec<Message> {
             ],
         }),
         Message::Relay(Relay { kind: "mqtt/publish".into(), body: Bytes::from_static(&[0, 255, 1]) }),
+        Message::Report(Load { busy_permille: 421, instances: 1001, in_hand: 4 }),
+        Message::Unread(Unread { version: 9, reads: Protocol { min: 1, max: 2 } }),
     ]
 }
 

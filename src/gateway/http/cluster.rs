@@ -14,6 +14,7 @@ use super::{
     view::{self, Page},
 };
 use crate::{
+    scaling::load_report::Report,
     store::ownership::NodeRow,
     types::{Load, NodeId, Roles},
 };
@@ -33,6 +34,7 @@ pub struct NodeView<'a> {
     addresses: &'a [String],
     #[schema(value_type = Vec<String>)]
     roles: &'a Roles,
+    /// How much it takes compared to others, at present: its `node.weight`, less what it gives up under load.
     weight: u32,
     /// Milliseconds; 0 or less when it is over.
     lease_left_ms: i64,
@@ -40,8 +42,30 @@ pub struct NodeView<'a> {
     shards: usize,
     #[schema(value_type = serde_json::Value)]
     load: Load,
+    /// What the node that answers believes of it; absent when it was not heard of for long.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    report: Option<ReportView>,
     /// Versions of the cluster's protocol it speaks.
     protocol: String,
+}
+
+/// What one node believes of the load of another.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+#[schema(as = LoadReport)]
+pub struct ReportView {
+    busy_permille: u32,
+    /// On average over `scaling.load_seconds`.
+    average_permille: u32,
+    age_ms: u64,
+    /// How it came: `own`, `bus` or `row`.
+    by: &'static str,
+}
+
+impl From<Report> for ReportView {
+    fn from(Report { load, average_permille, age, way }: Report) -> Self {
+        let age_ms = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
+        Self { busy_permille: load.busy_permille, average_permille, age_ms, by: way.as_str() }
+    }
 }
 
 /// A shard as operators see it.
@@ -88,6 +112,8 @@ pub async fn nodes(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
     for node in view.shards.iter().filter_map(|shard| shard.node.as_ref()) {
         *owned.entry(node).or_default() += 1;
     }
+    let routing = operations.routing();
+    let report = |node: &NodeId| routing.peer(node).and_then(|peer| peer.report).map(ReportView::from);
     let items = view.nodes.iter().map(|row| NodeView {
         node: &row.node,
         name: row.node.name(),
@@ -99,6 +125,7 @@ pub async fn nodes(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
         lease_left_ms: row.lease_left,
         shards: owned.get(&row.node).copied().unwrap_or_default(),
         load: row.load,
+        report: report(&row.node),
         protocol: row.protocol.to_string(),
     });
     Ok(respond(StatusCode::OK, view::to_json(&Page { items: items.collect(), next: None })))

@@ -100,9 +100,9 @@ const JOIN: Sql = Sql {
 const RENEW: Sql = Sql {
     text:
         "UPDATE nodes SET lease_until = clock_timestamp() + $2::bigint * interval '1 millisecond', busy_permille = $3,
-             instances = $4, in_hand = $5, draining = draining OR $6
+             instances = $4, in_hand = $5, draining = draining OR $6, weight = $7
            WHERE node = $1 AND lease_until > clock_timestamp() RETURNING session",
-    types: &[Type::TEXT, Type::INT8, Type::INT8, Type::INT8, Type::INT8, Type::BOOL],
+    types: &[Type::TEXT, Type::INT8, Type::INT8, Type::INT8, Type::INT8, Type::BOOL, Type::INT8],
 };
 const GONE: Sql = Sql {
     text: with_held!(
@@ -322,7 +322,8 @@ impl Ownership for PostgresStore {
         let figure = |number| i64::try_from(number).unwrap_or(i64::MAX);
         let (instances, in_hand) = (figure(load.instances), figure(load.in_hand));
         let conn = self.writer().await?;
-        let params: [Param<'_>; 6] = [&node.as_str(), &lease, &busy, &instances, &in_hand, &renewal.draining];
+        let weight = i64::from(renewal.weight);
+        let params: [Param<'_>; 7] = [&node.as_str(), &lease, &busy, &instances, &in_hand, &renewal.draining, &weight];
         let renewed = conn.run(&RENEW, &params).await?;
         let session = match renewed.first() {
             Some(row) => row.try_get(0).map_err(Failure::from)?,

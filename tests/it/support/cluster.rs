@@ -26,6 +26,13 @@ impl Cluster {
 
     /// So many nodes, each changed by `change` before it starts.
     pub async fn build(count: usize, bus: bool, change: impl Fn(Builder) -> Builder) -> Self {
+        let cluster = Self::build_uneven(count, bus, |_, builder| change(builder)).await;
+        cluster.until_even().await;
+        cluster
+    }
+
+    /// As [`Cluster::build`], each node changed by its number; not waiting for equal shares.
+    pub async fn build_uneven(count: usize, bus: bool, change: impl Fn(usize, Builder) -> Builder) -> Self {
         let redis = if bus { Some(Redis::start().await) } else { None };
         let database = postgres::shared().database().await;
         let mut nodes = Vec::new();
@@ -35,11 +42,9 @@ impl Cluster {
                  url = \"{database}\"\nlanes = 2\npool = 4\n[cluster]\nshards = 24\n[redis]\nurl = \"{}\"\n",
                 redis.as_ref().map(Redis::url).unwrap_or_default(),
             );
-            nodes.push(change(Node::builder().config(&config).stable_ports()).start().await);
+            nodes.push(change(number, Node::builder().config(&config).stable_ports()).start().await);
         }
-        let cluster = Self { nodes, redis };
-        cluster.until_even().await;
-        cluster
+        Self { nodes, redis }
     }
 
     /// A client of a node.

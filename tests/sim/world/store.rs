@@ -24,7 +24,7 @@ impl World {
             }
             Call::Renew => {
                 let draining = self.nodes[at].life == life && self.nodes[at].lease.is_draining();
-                let renewal = Renewal { lease: TERMS.lease, load: Load::default(), draining };
+                let renewal = Renewal { lease: TERMS.lease, load: Load::default(), weight: 100, draining };
                 News::View(id, now(store.renew(&node, renewal)))
             }
             Call::Gone => News::Gone(id, now(store.gone()).unwrap_or_default()),
