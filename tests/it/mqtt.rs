@@ -200,6 +200,23 @@ async fn acks_are_pipelined_and_leave_in_order() {
 }
 
 #[tokio::test]
+async fn with_mqtt_5_what_is_in_flight_behind_a_refusal_is_not_taken_until_its_sender_was_told() {
+    let played = Played { is_holding: true, ..Played::default() };
+    let door = Door::with(MemoryStore::new(), played, &[]);
+    let (mut device, _) = Raw::connect(door.address, Hello::v5("d")).await;
+    for (topic, id) in [("lamp", 1), ("lamp", 2), ("door", 3)] {
+        device.publish(&format!("sophont/default/{topic}/in/x"), &id.to_string(), 1, id).await;
+    }
+    wait_until("all stimuli are on their way", PATIENCE, async || door.played.count() == 3).await;
+    door.played.end(0, Err(Error::InboxFull(1)));
+    assert_eq!(device.ack(0x40).await, (1, 0x97));
+    assert_eq!(door.played.behind_a_refusal(), [1], "another instance's stimuli are not concerned");
+    device.publish("sophont/default/lamp/in/x", "4", 1, 4).await;
+    wait_until("it is on its way", PATIENCE, async || door.played.count() == 4).await;
+    assert_eq!(door.played.behind_a_refusal(), [1], "its sender knew of the refusal");
+}
+
+#[tokio::test]
 async fn the_ack_of_a_kept_message_waits_for_the_commit() {
     let door = Door::open();
     let (mut keeper, _) = Raw::connect(door.address, Hello::v5("k").lasting()).await;

@@ -26,6 +26,7 @@ use super::{
     embedded::{Broker, Settled, count_dropped},
     handshake::Admitted,
     inbound::{self, Reason, Refusal},
+    lines::Lines,
     outbox::{Item, Wrote},
     packet::{Broken, Codec, Id, Packet, Version, code},
     record::Message,
@@ -34,10 +35,10 @@ use super::{
     wire::Wire,
 };
 use crate::{
-    instance::{self, Receipt, inbox::Line},
+    instance::{self, Receipt},
     store::MqttWrite,
     telemetry::metric,
-    types::{AuthContext, Fault, Kind},
+    types::{AuthContext, Fault, InstanceId, Kind},
 };
 
 /// Output that may wait for the client before no more is put behind it.
@@ -75,7 +76,8 @@ pub(super) enum Verdict {
 /// What an unsettled publish waits for.
 pub(super) enum Wait {
     Now(Option<Verdict>),
-    Stimulus(oneshot::Receiver<Result<Receipt, instance::Error>>),
+    /// With the instance in whose line it stands.
+    Stimulus(oneshot::Receiver<Result<Receipt, instance::Error>>, Option<InstanceId>),
     Rows(oneshot::Receiver<bool>),
 }
 
@@ -124,7 +126,7 @@ pub(super) struct Connection<S> {
     pub quota: usize,
     pub slots: VecDeque<Slot>,
     /// What is in flight inward.
-    pub line: Line,
+    pub lines: Lines,
     pub link: Arc<Link>,
     expiry_seconds: u32,
     /// Rows of acknowledged messages, removed together.
@@ -167,7 +169,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             replay: VecDeque::new(),
             quota: 0,
             slots: VecDeque::new(),
-            line: Line::default(),
+            lines: Lines::new(version),
             link: admitted.link,
             expiry_seconds: admitted.expiry_seconds,
             rows: Vec::new(),
@@ -335,6 +337,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     }
 
     fn answer(&mut self, slot: Slot, verdict: Verdict) -> Option<End> {
+        if let Wait::Stimulus(_, Some(instance)) = &slot.wait {
+            self.lines.answered(instance);
+        }
         let (id, is_qos2) = match slot.owed {
             Owed::PubAck(id) => (Some(id), false),
             Owed::PubRec(id) => (Some(id), true),
@@ -479,7 +484,7 @@ impl Wait {
                 Ok(true) => Verdict::Accepted,
                 _ => Verdict::Refused(Refusal::new(Reason::Unspecified, "the store did not take the message")),
             }),
-            Wait::Stimulus(answer) => Pin::new(answer).poll(context).map(|answer| match answer {
+            Wait::Stimulus(answer, _) => Pin::new(answer).poll(context).map(|answer| match answer {
                 Ok(Ok(_)) => Verdict::Accepted,
                 Ok(Err(error)) => Verdict::of(&error),
                 Err(_) => Verdict::of(&instance::Error::Crashed),

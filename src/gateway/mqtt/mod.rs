@@ -13,6 +13,7 @@ pub mod external;
 mod farewell;
 mod handshake;
 pub mod inbound;
+mod lines;
 mod outbox;
 mod packet;
 mod publish;

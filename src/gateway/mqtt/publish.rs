@@ -10,6 +10,7 @@
 use rmqtt_codec::types::{Publish, QoS};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
+    sync::oneshot,
     time::Instant,
 };
 
@@ -132,12 +133,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             self.remember(Taken { id, hash, stimulus: derived.clone() });
             stimulus = stimulus.with_repeatable_id(derived);
         }
-        // A 3.1.1 client is told no by a closed connection and sends all again; a 5 client is told for each publish.
-        let line = (self.version == Version::V3).then_some(&self.line);
-        Ok(match self.broker.inward.submit(&key, stimulus, until, line) {
-            Ok(answer) => Wait::Stimulus(answer),
-            Err(error) => Wait::Now(Some(Verdict::of(&error))),
-        })
+        // What is not sent again holds nobody up.
+        let line = publish.packet_id.map(|_| self.lines.join(&key.instance));
+        let instance = line.is_some().then(|| key.instance.clone());
+        let answer = self.broker.inward.submit(&key, stimulus, until, line.as_ref()).unwrap_or_else(|error| {
+            let (refused, answer) = oneshot::channel();
+            let _ = refused.send(Err(error));
+            answer
+        });
+        Ok(Wait::Stimulus(answer, instance))
     }
 
     /// Ids of stimuli derived from this session and packet id begin so.

@@ -14,15 +14,15 @@ use sophont::{
         auth::Authenticator,
         mqtt::embedded::{Broker, Inward, Listeners},
     },
-    instance::{Error, Receipt, Until, inbox::Line},
+    instance::{
+        Error, Receipt, Until,
+        inbox::{Line, Waiter},
+    },
     runtime::{clock::Clock, drain::Drain},
     store::memory::MemoryStore,
     types::{InstanceKey, Stimulus},
 };
-use tokio::{
-    runtime::Runtime,
-    sync::oneshot::{self, Receiver, Sender},
-};
+use tokio::{runtime::Runtime, sync::oneshot::Receiver};
 
 type Answer = Result<Receipt, Error>;
 
@@ -32,7 +32,7 @@ pub struct Played {
     /// What came, in order.
     pub came: Mutex<Vec<(InstanceKey, Stimulus)>>,
     /// Answers owed, in order, while holding.
-    pub owed: Mutex<Vec<Option<Sender<Answer>>>>,
+    pub owed: Mutex<Vec<Option<Waiter>>>,
     /// Whether answers wait for the test.
     pub is_holding: bool,
     /// What every stimulus is refused with.
@@ -49,8 +49,21 @@ impl Played {
 
     /// Answers one stimulus that waits.
     pub fn answer(&self, index: usize) {
-        let sender = self.owed.lock().unwrap()[index].take().expect("not answered yet");
-        sender.send(Ok(Receipt::Accepted { repeated: false })).expect("somebody waits for the answer");
+        self.end(index, Ok(Receipt::Accepted { repeated: false }));
+    }
+
+    /// Ends the wait of one stimulus.
+    pub fn end(&self, index: usize, end: Answer) {
+        let waiter = self.owed.lock().unwrap()[index].take().expect("not answered yet");
+        assert!(!waiter.is_gone(), "somebody waits for the answer");
+        waiter.tell(end);
+    }
+
+    /// Which of those that wait must not be taken any more.
+    pub fn behind_a_refusal(&self) -> Vec<usize> {
+        let owed = self.owed.lock().unwrap();
+        let behind = |waiter: &Option<Waiter>| waiter.as_ref().is_some_and(Waiter::is_behind_a_refusal);
+        (0..).zip(owed.iter()).filter(|(_, waiter)| behind(waiter)).map(|(index, _)| index).collect()
     }
 
     /// `echo` answers what it is told, as an instance does: over delivery, after the commit.
@@ -74,8 +87,8 @@ impl Inward for Played {
         &self,
         key: &InstanceKey,
         stimulus: Stimulus,
-        _until: Until,
-        _line: Option<&Line>,
+        until: Until,
+        line: Option<&Line>,
     ) -> Result<Receiver<Answer>, Error> {
         if let Some(refusal) = &self.refusal {
             return Err(refusal.clone());
@@ -84,11 +97,11 @@ impl Inward for Played {
             self.reply(key, &stimulus);
         }
         self.came.lock().unwrap().push((key.clone(), stimulus));
-        let (sender, receiver) = oneshot::channel();
+        let (waiter, receiver) = Waiter::new(until, line.cloned());
         if self.is_holding {
-            self.owed.lock().unwrap().push(Some(sender));
+            self.owed.lock().unwrap().push(Some(waiter));
         } else {
-            drop(sender.send(Ok(Receipt::Accepted { repeated: false })));
+            waiter.tell(Ok(Receipt::Accepted { repeated: false }));
         }
         Ok(receiver)
     }
