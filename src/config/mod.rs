@@ -223,6 +223,18 @@ pub enum PostgresTls {
     Verify,
 }
 
+/// Whether rows of a tenant are read as a role that sees no other tenant's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RowSecurity {
+    /// If there is such a role or it may be made.
+    Auto,
+    /// Or the node does not start.
+    Require,
+    /// As the role that writes.
+    Off,
+}
+
 /// `[store.postgres]`
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -251,6 +263,8 @@ pub struct Postgres {
     pub tls: PostgresTls,
     /// PEM file with the authorities to trust; the system's when absent.
     pub tls_ca: Option<PathBuf>,
+    /// Row-level security of reads.
+    pub row_security: RowSecurity,
     /// Connections that commit.
     pub lanes: usize,
     /// Most connections that read.

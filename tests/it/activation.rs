@@ -4,7 +4,7 @@ use futures_util::future::join_all;
 use serde_json::{Value, json};
 
 use crate::support::{
-    Http, Node, PATIENCE,
+    About, Http, Node, PATIENCE,
     http::{echo, slow},
     metric, wait_until,
 };
@@ -39,7 +39,7 @@ async fn no_more_instances_are_in_memory_than_allowed() {
     const SENDERS: usize = 8;
     const EACH: usize = 25;
     let config = format!("[scaling]\nmax_consciousness_instances = {ALLOWED}\n[cluster]\nshards = 2");
-    let node = Node::builder().config(&config).start().await;
+    let node = Node::builder().about(About::Process).config(&config).start().await;
     let http = node.client();
     // Fewer at once than are allowed: none of these need wait for another, all of them need a place.
     for round in 1..=3 {
@@ -64,8 +64,11 @@ async fn no_more_instances_are_in_memory_than_allowed() {
 #[tokio::test]
 async fn who_finds_no_room_is_told_and_finds_it_soon() {
     // More shards than places: room has to be made in other shards than the one that needs it.
-    let node =
-        Node::builder().config("[scaling]\nmax_consciousness_instances = 4\n[cluster]\nshards = 256").start().await;
+    let node = Node::builder()
+        .about(About::Process)
+        .config("[scaling]\nmax_consciousness_instances = 4\n[cluster]\nshards = 256")
+        .start()
+        .await;
     let http = node.client();
     let mut refused = 0;
     for n in 0..60 {

@@ -2,11 +2,12 @@
 
 use serde_json::json;
 
-use crate::support::Node;
+use crate::support::{About, Node};
 
 #[tokio::test]
 async fn a_node_alone_is_a_cluster_of_one() {
-    let node = Node::builder().config("[node]\nname = \"alone\"\n[cluster]\nshards = 8").start().await;
+    let node =
+        Node::builder().about(About::Process).config("[node]\nname = \"alone\"\n[cluster]\nshards = 8").start().await;
     let http = node.client();
     let nodes = http.get("/v1/cluster/nodes").await.expect(200);
     let row = &nodes["items"][0];

@@ -12,7 +12,7 @@ use tokio::{
     time::timeout,
 };
 
-use crate::support::{Answer, Http, Node, PATIENCE, resident_kb, seldom, wait_until};
+use crate::support::{About, Answer, Http, Node, PATIENCE, resident_kb, seldom, wait_until};
 
 /// Sends bytes as they are and reads until the node closes or an answer is complete by its length.
 async fn raw(address: SocketAddr, request: &[u8]) -> String {
@@ -271,7 +271,11 @@ async fn clients_that_leave_take_nothing_with_them() {
 async fn ten_thousand_idle_connections_cost_little_and_nobody_notices() {
     const COUNT: usize = 10_000;
     let _alone = seldom().await;
-    let node = Node::builder().config("[http]\nheader_seconds = 120\nkeep_alive_seconds = 120").start().await;
+    let node = Node::builder()
+        .about(About::Process)
+        .config("[http]\nheader_seconds = 120\nkeep_alive_seconds = 120")
+        .start()
+        .await;
     let http = node.client();
     is_well(&http).await;
     let before = resident_kb(node.pid());

@@ -8,7 +8,7 @@ use futures_util::StreamExt;
 use reqwest::{Method, RequestBuilder, StatusCode};
 use serde_json::{Value, json};
 
-use crate::support::{Answer, Http, Node, PATIENCE, wait_for, wait_until};
+use crate::support::{About, Answer, Http, Node, PATIENCE, wait_for, wait_until};
 
 /// An event of a stream.
 #[derive(Debug, Clone, PartialEq)]
@@ -391,7 +391,7 @@ async fn a_poisonous_stimulus_is_listed_and_tried_again() {
 
 #[tokio::test]
 async fn pages_are_there_for_people_programs_and_prometheus() {
-    let node = Node::start().await;
+    let node = Node::builder().about(About::Process).start().await;
     let http = node.client();
     assert_eq!(http.get("/health/live").await.expect(200), json!({"status": "live"}));
     let ready = http.get("/health/ready").await.expect(200);

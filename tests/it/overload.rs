@@ -67,11 +67,15 @@ async fn a_profile_may_have_its_own_inbox_limit() {
     http.put_instance("busy", &profile).await;
     http.drop_in("busy", &json!({"id": "block", "content": "block"})).await.expect(202);
     http.until_status("block", "thinking").await;
-    let sent = join_all((0..10).map(|n| {
-        let http = http.clone();
-        async move { http.drop_in("busy", &json!({"id": format!("s{n}"), "content": "x"})).await }
-    }))
-    .await;
+    let sent =
+        join_all((0..10).map(|n| {
+            let http = http.clone();
+            // Each has a sender of its own: what is sent behind a refused one is refused for that.
+            async move {
+                http.drop_in("busy", &json!({"id": format!("s{n}"), "sender": format!("d{n}"), "content": "x"})).await
+            }
+        }))
+        .await;
     let refused: Vec<_> = sent.iter().filter(|answer| answer.status != 202).collect();
     assert!(refused.len() >= 8, "{} of 10 were refused with a limit of 2", refused.len());
     refused.iter().for_each(|answer| assert_retryable(answer, 503, "INBOX_FULL"));

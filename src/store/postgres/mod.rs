@@ -11,6 +11,7 @@
 //! | `decide`, `writes` | what becomes of a unit; what a batch writes |
 //! | `query`, `recall`, `rows` | what is read |
 //! | `replica` | reads that a replica answers |
+//! | `guard` | the role that sees one tenant at a time |
 //! | `feeds` | which feeds are worth asking for |
 //! | `ownership` | who takes part and who owns what |
 //! | `chores` | removal and expiry |
@@ -23,6 +24,7 @@ mod chores;
 mod connect;
 mod decide;
 mod feeds;
+mod guard;
 mod lane;
 mod ownership;
 mod query;
@@ -162,6 +164,7 @@ pub struct PostgresStore {
     shared: Arc<Shared>,
     readers: Pool,
     replica: Option<Replica>,
+    guarded: bool,
     direct: Target,
     lanes: Mutex<Option<Lanes>>,
     sessions: tokio::sync::Mutex<Sessions>,
@@ -234,6 +237,7 @@ impl PostgresStore {
             clock,
         });
         found(&shared).await?;
+        let guarded = guard::establish(settings.row_security, &shared.writer().await?, &direct).await?;
         let replica = connect::url("store.postgres.replica_url", &settings.replica_url, &settings.replica_url_env)?;
         let replica = match &replica {
             Some(url) => {
@@ -256,6 +260,7 @@ impl PostgresStore {
             shared,
             readers: target.pool(settings.pool.max(1), wait)?,
             replica,
+            guarded,
             direct,
             lanes: Mutex::new(Some(all)),
             sessions: tokio::sync::Mutex::default(),
@@ -311,18 +316,34 @@ impl PostgresStore {
         self.replica.as_ref().map_or(0, Replica::served)
     }
 
-    /// As [`PostgresStore::rows`], from the replica if it has everything that was committed when this was called.
-    async fn fresh_rows(&self, sql: &Sql, params: &[Param<'_>]) -> Result<Vec<Row>, Error> {
+    /// Whether rows of a tenant are read as a role that sees no other tenant's.
+    pub fn is_guarded(&self) -> bool {
+        self.guarded
+    }
+
+    /// As [`PostgresStore::rows_of`], from the replica if it has everything that was committed when this was called.
+    async fn fresh_rows(&self, tenant: &TenantId, sql: &Sql, params: &[Param<'_>]) -> Result<Vec<Row>, Error> {
+        let guard = self.guarded.then_some(tenant);
         if let Some(replica) = self.replica.as_ref().filter(|_| !self.shared.closed.is_cancelled())
-            && let Some(rows) = replica.rows(&self.readers, sql, params).await
+            && let Some(rows) = replica.rows(&self.readers, guard, sql, params).await
         {
             return Ok(rows);
         }
-        self.rows(sql, params).await
+        self.read(guard, sql, params).await
+    }
+
+    /// Runs a statement that reads rows of one tenant.
+    async fn rows_of(&self, tenant: &TenantId, sql: &Sql, params: &[Param<'_>]) -> Result<Vec<Row>, Error> {
+        self.read(self.guarded.then_some(tenant), sql, params).await
+    }
+
+    /// Runs a statement that reads for the node itself, whosever the rows are.
+    async fn rows(&self, sql: &Sql, params: &[Param<'_>]) -> Result<Vec<Row>, Error> {
+        self.read(None, sql, params).await
     }
 
     /// Runs a statement that only reads, again on another connection when one broke.
-    async fn rows(&self, sql: &Sql, params: &[Param<'_>]) -> Result<Vec<Row>, Error> {
+    async fn read(&self, guard: Option<&TenantId>, sql: &Sql, params: &[Param<'_>]) -> Result<Vec<Row>, Error> {
         let mut tries = 0;
         loop {
             if self.shared.closed.is_cancelled() {
@@ -330,7 +351,7 @@ impl PostgresStore {
             }
             let read = async {
                 let client = self.readers.get().await.map_err(|e| no_connection(&e))?;
-                Conn::new(client, self.shared.prepared).run(sql, params).await
+                Conn::new(client, self.shared.prepared).read(guard, sql, params).await
             };
             tries += 1;
             match read.await {

@@ -59,9 +59,11 @@ const BELOW: Sql = Sql {
     text: "SELECT rec FROM turns WHERE tenant = $1 AND life = $2 AND turn < $3 ORDER BY turn DESC LIMIT $4",
     types: &[Type::TEXT, Type::INT8, Type::INT8, Type::INT8],
 };
+/// Turns of an instance above a number. The limit stands inside: outside, a long history is sorted for a page of it.
 const ABOVE: Sql = Sql {
-    text: "SELECT t.rec FROM instances i JOIN turns t ON t.tenant = i.tenant AND t.life = i.life
-           WHERE i.tenant = $1 AND i.instance = $2 AND t.turn > $3 ORDER BY t.turn LIMIT $4",
+    text: "SELECT t.rec FROM instances i CROSS JOIN LATERAL (SELECT x.turn, x.rec FROM turns x
+             WHERE x.tenant = i.tenant AND x.life = i.life AND x.turn > $3 ORDER BY x.turn LIMIT $4) t
+           WHERE i.tenant = $1 AND i.instance = $2 ORDER BY t.turn",
     types: &[Type::TEXT, Type::TEXT, Type::INT8, Type::INT8],
 };
 const TURN_HEAD: Sql = Sql {
@@ -153,7 +155,7 @@ fn limit(count: usize) -> i64 {
 impl PostgresStore {
     pub(super) async fn load_instance(&self, key: &InstanceKey) -> Result<Loaded, Error> {
         let names: (&str, &str) = (key.tenant.as_str(), key.instance.as_str());
-        let found = self.rows(&LOAD, &[&names.0, &names.1, &PAGE]).await?;
+        let found = self.rows_of(&key.tenant, &LOAD, &[&names.0, &names.1, &PAGE]).await?;
         let Some(row) = found.first() else {
             return Ok(Loaded {
                 exists: false,
@@ -183,7 +185,7 @@ impl PostgresStore {
 
     pub(super) async fn read_state(&self, key: &InstanceKey) -> Result<Option<StateSnapshot>, Error> {
         let names: (&str, &str) = (key.tenant.as_str(), key.instance.as_str());
-        let found = self.fresh_rows(&STATE, &[&names.0, &names.1, &PAGE]).await?;
+        let found = self.fresh_rows(&key.tenant, &STATE, &[&names.0, &names.1, &PAGE]).await?;
         let Some(row) = found.first() else { return Ok(None) };
         let life = row.try_get(0).map_err(column)?;
         Ok(Some(self.replay(key, life, row.try_get(1).map_err(column)?).await?.0))
@@ -212,7 +214,7 @@ impl PostgresStore {
         let last = turns.first().map_or(0, |turn| turn.turn);
         while whole == 0 && turns.last().is_some_and(|turn| turn.turn > 1) {
             let below = big(turns.last().map_or(0, |turn| turn.turn));
-            let page = self.rows(&BELOW, &[&key.tenant.as_str(), &life, &below, &(PAGE * 16)]).await?;
+            let page = self.rows_of(&key.tenant, &BELOW, &[&key.tenant.as_str(), &life, &below, &(PAGE * 16)]).await?;
             if page.is_empty() {
                 return Err(Error::Corrupt(format!("the turn of {key} before {below} is gone")));
             }
@@ -236,13 +238,13 @@ impl PostgresStore {
         count: usize,
     ) -> Result<Vec<Arc<TurnRecord>>, Error> {
         let names: (&str, &str) = (key.tenant.as_str(), key.instance.as_str());
-        let found = self.fresh_rows(&ABOVE, &[&names.0, &names.1, &big(after), &limit(count)]).await?;
+        let found = self.fresh_rows(&key.tenant, &ABOVE, &[&names.0, &names.1, &big(after), &limit(count)]).await?;
         found.iter().map(|row| Ok(Arc::new(rows::turn(row, 0)?))).collect()
     }
 
     pub(super) async fn find_stimulus(&self, key: &InstanceKey, stimulus: &StimulusId) -> Result<Option<Known>, Error> {
         let names: (&str, &str) = (key.tenant.as_str(), key.instance.as_str());
-        let found = self.fresh_rows(&FIND, &[&names.0, &names.1, &stimulus.as_str()]).await?;
+        let found = self.fresh_rows(&key.tenant, &FIND, &[&names.0, &names.1, &stimulus.as_str()]).await?;
         let Some(row) = found.first() else { return Ok(None) };
         if is_there(row, 2) {
             return Ok(Some(Known::Waiting(Arc::new(rows::stimulus(row, 2)?))));
@@ -275,7 +277,8 @@ impl PostgresStore {
         let (mut low, mut high) = (0, last + 1);
         while high - low > 1 {
             let middle = low + (high - low) / 2;
-            let found = self.rows(&TURN_HEAD, &[&key.tenant.as_str(), &life, &middle, &HEAD_BYTES]).await?;
+            let found =
+                self.rows_of(&key.tenant, &TURN_HEAD, &[&key.tenant.as_str(), &life, &middle, &HEAD_BYTES]).await?;
             let Some(row) = found.first() else { return Ok(None) };
             let (head, _) = record::decode_row(row.try_get(0).map_err(column)?, 0)?;
             if head.decided_at > latest { high = middle } else { low = middle }
@@ -299,7 +302,7 @@ impl PostgresStore {
     ) -> Result<Option<TurnRecord>, Error> {
         let mut below = below;
         loop {
-            let page = self.rows(&BELOW, &[&key.tenant.as_str(), &life, &below, &NEWEST]).await?;
+            let page = self.rows_of(&key.tenant, &BELOW, &[&key.tenant.as_str(), &life, &below, &NEWEST]).await?;
             if page.is_empty() {
                 return Ok(None);
             }
@@ -320,7 +323,7 @@ impl PostgresStore {
         // Ids are made of characters below this one.
         let end = format!("{prefix}\u{7f}");
         let names: (&str, &str) = (key.tenant.as_str(), key.instance.as_str());
-        let found = self.fresh_rows(&FIND_PREFIX, &[&names.0, &names.1, &prefix, &end]).await?;
+        let found = self.fresh_rows(&key.tenant, &FIND_PREFIX, &[&names.0, &names.1, &prefix, &end]).await?;
         for row in &found {
             let turn = rows::turn(row, 0)?;
             if turn.stimulus.repeatable {
@@ -335,7 +338,8 @@ impl PostgresStore {
         tenant: &TenantId,
         stimulus: &StimulusId,
     ) -> Result<Vec<InstanceId>, Error> {
-        let found = self.fresh_rows(&LOCATE, &[&tenant.as_str(), &stimulus.as_str(), &limit(MAX_LOCATED)]).await?;
+        let found =
+            self.fresh_rows(tenant, &LOCATE, &[&tenant.as_str(), &stimulus.as_str(), &limit(MAX_LOCATED)]).await?;
         Ok(found.iter().map(|row| rows::id(row, 0)).collect::<Result<_, _>>()?)
     }
 
@@ -349,7 +353,7 @@ impl PostgresStore {
         let mut listed = Vec::new();
         let mut after = after.map_or_else(String::new, |after| after.as_str().to_owned());
         while listed.len() < count {
-            let page = self.fresh_rows(&LIST, &[&tenant.as_str(), &after, &label.is_none(), &LISTED]).await?;
+            let page = self.fresh_rows(tenant, &LIST, &[&tenant.as_str(), &after, &label.is_none(), &LISTED]).await?;
             for row in &page {
                 let instance: InstanceId = rows::id(row, 0)?;
                 instance.as_str().clone_into(&mut after);
@@ -387,7 +391,7 @@ impl PostgresStore {
     ) -> Result<Vec<DeadLetter>, Error> {
         let names: (&str, &str) = (key.tenant.as_str(), key.instance.as_str());
         let after = after.map(StimulusId::as_str);
-        let found = self.fresh_rows(&DEAD, &[&names.0, &names.1, &after, &limit(count)]).await?;
+        let found = self.fresh_rows(&key.tenant, &DEAD, &[&names.0, &names.1, &after, &limit(count)]).await?;
         Ok(found.iter().map(|row| rows::letter(row, 0)).collect::<Result<_, _>>()?)
     }
 
@@ -463,7 +467,7 @@ impl PostgresStore {
     /// Where an instance stands, if it exists.
     pub(super) async fn standing(&self, key: &InstanceKey) -> Result<Option<Standing>, Error> {
         let names: (&str, &str) = (key.tenant.as_str(), key.instance.as_str());
-        let found = self.rows(&STANDING, &[&names.0, &names.1]).await?;
+        let found = self.rows_of(&key.tenant, &STANDING, &[&names.0, &names.1]).await?;
         found
             .first()
             .map(|row| {
@@ -475,7 +479,7 @@ impl PostgresStore {
 
     /// Turns of a life, by their numbers.
     pub(super) async fn turns_at(&self, key: &InstanceKey, life: i64, turns: &[i64]) -> Result<Vec<TurnRecord>, Error> {
-        let found = self.rows(&TURNS_AT, &[&key.tenant.as_str(), &life, &turns]).await?;
+        let found = self.rows_of(&key.tenant, &TURNS_AT, &[&key.tenant.as_str(), &life, &turns]).await?;
         Ok(found.iter().map(|row| rows::turn(row, 0)).collect::<Result<_, _>>()?)
     }
 }

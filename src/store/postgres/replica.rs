@@ -22,6 +22,8 @@ use super::{
     sql::{Conn, Param, Sql},
 };
 
+use crate::types::TenantId;
+
 /// How long a replica that failed is left alone.
 const REST: Duration = Duration::from_secs(1);
 
@@ -75,12 +77,18 @@ impl Replica {
     }
 
     /// What the replica has, if that is everything.
-    pub(super) async fn rows(&self, primary: &Pool, sql: &Sql, params: &[Param<'_>]) -> Option<Vec<Row>> {
+    pub(super) async fn rows(
+        &self,
+        primary: &Pool,
+        guard: Option<&TenantId>,
+        sql: &Sql,
+        params: &[Param<'_>],
+    ) -> Option<Vec<Row>> {
         let mut resting = *self.resting.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if resting.take_if(|until| Instant::now() < *until).is_some() {
             return None;
         }
-        match self.try_rows(primary, sql, params).await {
+        match self.try_rows(primary, guard, sql, params).await {
             Ok(rows) => {
                 self.served.fetch_add(u64::from(rows.is_some()), Ordering::Relaxed);
                 rows
@@ -94,14 +102,20 @@ impl Replica {
         }
     }
 
-    async fn try_rows(&self, primary: &Pool, sql: &Sql, params: &[Param<'_>]) -> Result<Option<Vec<Row>>, Failure> {
+    async fn try_rows(
+        &self,
+        primary: &Pool,
+        guard: Option<&TenantId>,
+        sql: &Sql,
+        params: &[Param<'_>],
+    ) -> Result<Option<Vec<Row>>, Failure> {
         let end = self.end_of_log(primary).await?;
         let conn = Conn::new(self.pool.get().await.map_err(|e| no_connection(&e))?, self.prepared);
         conn.prepare(&REACHED).await?;
         conn.prepare(sql).await?;
         // In this order: what was replayed at the first stands at the second.
         let end: [Param<'_>; 1] = [&&*end];
-        let (reached, rows) = futures_util::future::join(conn.run(&REACHED, &end), conn.run(sql, params)).await;
+        let (reached, rows) = futures_util::future::join(conn.run(&REACHED, &end), conn.read(guard, sql, params)).await;
         let reached = reached?.first().map(|row| row.try_get::<_, bool>(0)).transpose()?;
         Ok(if reached == Some(true) { Some(rows?) } else { None })
     }

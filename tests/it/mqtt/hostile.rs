@@ -7,7 +7,7 @@ use tokio::{
 };
 
 use super::raw::{Hello, Raw};
-use crate::support::{Node, PATIENCE, metric, resident_kb, seldom, wait_until};
+use crate::support::{About, Node, PATIENCE, metric, resident_kb, seldom, wait_until};
 
 const TOPIC: &str = "sophont/default/neighbour/in/chat";
 
@@ -36,7 +36,7 @@ async fn neighbour(node: &Node) -> Raw {
 async fn ten_thousand_idle_connections_cost_little_each_and_nobody_notices() {
     const HALF: usize = 5_000;
     let _alone = seldom().await;
-    let node = Node::start().await;
+    let node = Node::builder().about(About::Process).start().await;
     let mut device = neighbour(&node).await;
     let mut idle = Vec::with_capacity(2 * HALF);
     let mut resident = vec![resident_kb(node.pid())];
@@ -115,7 +115,7 @@ async fn who_never_says_who_it_is_or_falls_silent_is_let_go() {
 
 #[tokio::test]
 async fn who_takes_no_bytes_is_let_go() {
-    let node = Node::start().await;
+    let node = Node::builder().about(About::Process).start().await;
     let mut device = neighbour(&node).await;
     // A small window, so that little fits between the node and the one that does not read.
     let socket = TcpSocket::new_v4().unwrap();

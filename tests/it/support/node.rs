@@ -311,11 +311,12 @@ impl Node {
 
     /// Each process owns its share of the shards, and those of an earlier life own none.
     async fn until_shared_out(&self) {
-        let nodes = self.client().each();
-        let each = Cluster::SHARDS as f64 / nodes.len() as f64 - 1.0;
+        let least = Cluster::SHARDS / self.processes.len() as u64 - 1;
+        let client = postgres::connect(&postgres::database_of(&self.data_dir())).await;
         wait_until("each process owns its share", PATIENCE, async || {
-            let open = futures_util::future::join_all(nodes.iter().map(open_shards)).await;
-            open.iter().sum::<f64>() == Cluster::SHARDS as f64 && open.iter().all(|open| *open >= each)
+            let rows = client.query("SELECT count(*) FROM shards GROUP BY node", &[]).await.unwrap_or_default();
+            let owned: Vec<u64> = rows.iter().map(|row| row.get::<_, i64>(0).unsigned_abs()).collect();
+            owned.len() == self.processes.len() && owned.iter().all(|owned| *owned >= least)
         })
         .await;
     }
@@ -397,14 +398,6 @@ impl Node {
         let builder = std::mem::take(&mut self.builder);
         self.builder = change(Builder { config: String::new(), ..builder });
     }
-}
-
-/// Shards that are open at a node, as it says itself.
-async fn open_shards(node: &Http) -> f64 {
-    let page = Http::try_send(node.request(reqwest::Method::GET, "/metrics")).await;
-    let page = page.map(|page| page.text).unwrap_or_default();
-    let line = page.lines().find_map(|line| line.strip_prefix("sophont_cluster_open_shards "));
-    line.and_then(|value| value.trim().parse().ok()).unwrap_or_default()
 }
 
 impl Drop for Node {

@@ -6,6 +6,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
@@ -17,7 +18,7 @@ use std::{
 use tempfile::TempDir;
 use tokio_postgres::{Client, NoTls};
 
-use super::{PATIENCE, free_port, program, wait_for};
+use super::{PATIENCE, free_port, program, tls::Certificates, wait_for};
 
 /// The user a server started by root becomes.
 const USER: &str = "nobody";
@@ -92,6 +93,27 @@ impl Postgres {
 
     /// As [`Postgres::start`], with more lines for its configuration.
     pub fn start_with(lines: &str) -> Self {
+        let mut server = Self::founded(lines);
+        server.start_again();
+        server
+    }
+
+    /// One that talks to nobody but over TLS, and also listens on 127.0.0.2, which its certificate does not name.
+    pub fn start_over_tls(certificates: &Certificates) -> Self {
+        let mut server = Self::founded("ssl = on\nlisten_addresses = '127.0.0.1,127.0.0.2'");
+        for (from, name) in [(&certificates.cert, "server.crt"), (&certificates.key, "server.key")] {
+            let file = server.data().join(name);
+            fs::copy(from, &file).expect("the certificate is copied");
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).expect("its key is its own");
+            give_away(&file);
+        }
+        fs::write(server.data().join("pg_hba.conf"), "hostssl all all 127.0.0.0/8 trust\n").expect("who may come in");
+        server.start_again();
+        server
+    }
+
+    /// A server that was never started.
+    fn founded(lines: &str) -> Self {
         let home = TempDir::new().expect("a temporary folder");
         give_away(home.path());
         let bin = bin();
@@ -110,9 +132,7 @@ impl Postgres {
              autovacuum_naptime = 10s\nlog_min_messages = warning\nlog_line_prefix = '%m [%p] %u@%d '\n{lines}\n"
         );
         fs::write(data.join("postgresql.auto.conf"), config).expect("its configuration is written");
-        let mut server = Self { home, port, bin, watch: None };
-        server.start_again();
-        server
+        Self { home, port, bin, watch: None }
     }
 
     fn data(&self) -> PathBuf {

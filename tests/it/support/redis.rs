@@ -15,7 +15,7 @@ use nix::{
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
 
-use super::{PATIENCE, free_port, program, wait_until};
+use super::{PATIENCE, free_port, program, tls::Certificates, wait_until};
 
 /// A running (or stopped) server. Dropping it kills the process.
 #[derive(Debug)]
@@ -23,14 +23,25 @@ pub struct Redis {
     home: TempDir,
     child: Option<Child>,
     address: SocketAddr,
+    /// Talks to nobody but over TLS.
+    tls: Option<Certificates>,
 }
 
 impl Redis {
     /// Starts one and waits until it takes connections.
     pub async fn start() -> Self {
+        Self::start_with(None).await
+    }
+
+    /// One that talks to nobody but over TLS.
+    pub async fn start_over_tls(certificates: &Certificates) -> Self {
+        Self::start_with(Some(certificates.clone())).await
+    }
+
+    async fn start_with(tls: Option<Certificates>) -> Self {
         let home = TempDir::new().expect("a temporary folder");
         let address = SocketAddr::from(([127, 0, 0, 1], free_port()));
-        let mut server = Self { home, child: None, address };
+        let mut server = Self { home, child: None, address, tls };
         server.start_again().await;
         server
     }
@@ -56,7 +67,7 @@ impl Redis {
 
     /// Its address; the same after a restart.
     pub fn url(&self) -> String {
-        format!("redis://{}", self.address)
+        format!("{}://{}", if self.tls.is_some() { "rediss" } else { "redis" }, self.address)
     }
 
     fn log_file(&self) -> PathBuf {
@@ -72,8 +83,21 @@ impl Redis {
     pub async fn start_again(&mut self) {
         assert!(self.child.is_none(), "kill the server before it is started again");
         let log = File::options().create(true).append(true).open(self.log_file()).expect("a file for the log");
-        let child = Command::new(program::find("redis-server"))
-            .args(["--bind", "127.0.0.1", "--port", &self.address.port().to_string()])
+        let mut command = Command::new(program::find("redis-server"));
+        let port = self.address.port().to_string();
+        match &self.tls {
+            None => command.args(["--port", &port]),
+            Some(tls) => {
+                let files =
+                    [("--tls-cert-file", &tls.cert), ("--tls-key-file", &tls.key), ("--tls-ca-cert-file", &tls.ca)];
+                for (name, file) in files {
+                    command.arg(name).arg(file);
+                }
+                command.args(["--port", "0", "--tls-port", &port, "--tls-auth-clients", "no"])
+            }
+        };
+        let child = command
+            .args(["--bind", "127.0.0.1"])
             .args(["--save", "", "--appendonly", "no", "--dir"])
             .arg(self.home.path())
             .stdin(Stdio::null())
