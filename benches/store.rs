@@ -106,6 +106,7 @@ impl Load {
             usage: None,
             error: None,
             decided_at: now,
+            epoch: 0,
         };
         (index, Arc::new(record))
     }

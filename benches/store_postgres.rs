@@ -67,6 +67,7 @@ impl Bench {
             usage: None,
             error: None,
             decided_at: Clock::System.now(),
+            epoch: 0,
         };
         let (sender, begun) = (self.sender.clone(), Instant::now());
         let done = Done::new(move |end| sender.send((index, begun, end)).unwrap());

@@ -390,6 +390,8 @@ async fn open_store(config: &Config, clock: &Clock, handle: &tokio::runtime::Han
                 #[cfg(feature = "faults")]
                 dedupe: !config.faults.dedupe_off,
                 #[cfg(feature = "faults")]
+                fenced: !config.faults.fence_off,
+                #[cfg(feature = "faults")]
                 disk_full_file: config.faults.disk_full_file.clone(),
                 ..postgres::Options::default()
             };

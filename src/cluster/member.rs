@@ -107,7 +107,15 @@ impl Member {
         let (scope, owned) = watch::channel(Scope::none());
         let shared = ownership.is_shared();
         let (for_held, handle_of_held) = (forwarder.clone(), handle.clone());
-        let held = Held { shards: shards.clone(), forwarder: for_held, store, scope, shared, handle: handle_of_held };
+        let held = Held {
+            shards: shards.clone(),
+            forwarder: for_held,
+            store,
+            scope,
+            shared,
+            deaf: config.faults.fence_off,
+            handle: handle_of_held,
+        };
         let terms = Terms::of(&config.cluster);
         #[cfg(feature = "faults")]
         let claimed = config.faults.busy_permille;
@@ -317,6 +325,8 @@ struct Held {
     scope: watch::Sender<Scope>,
     /// Whether other processes may use the store. A store that is one process's own knows no shards.
     shared: bool,
+    /// A fault for tests: what is lost is kept.
+    deaf: bool,
     handle: tokio::runtime::Handle,
 }
 
@@ -358,6 +368,9 @@ impl Holder for Held {
     }
 
     fn drop_now(&self, shards: &[u32]) {
+        if self.deaf {
+            return;
+        }
         shards.iter().for_each(|shard| self.shards.drop_now(*shard));
         self.publish();
     }

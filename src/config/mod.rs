@@ -494,6 +494,8 @@ pub struct Faults {
     pub disk_full_file: Option<PathBuf>,
     /// Do not recognise repeated stimulus ids.
     pub dedupe_off: bool,
+    /// Write for shards that others took, and never notice that they did: the negative control of the cluster tests.
+    pub fence_off: bool,
     /// How busy the node says it is, in thousandths, in place of how busy it is.
     pub busy_permille: Option<u32>,
 }

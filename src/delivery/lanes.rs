@@ -291,6 +291,7 @@ mod tests {
             usage: None,
             error: None,
             decided_at: Millis(0),
+            epoch: 0,
         };
         Item { origin: Origin::Log { feed: Feed(0), position: 1, turn: std::sync::Arc::new(turn), at: 0 }, ..item }
     }

@@ -375,6 +375,7 @@ mod tests {
             usage: None,
             error: None,
             decided_at: now,
+            epoch: 0,
         })
     }
 

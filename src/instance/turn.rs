@@ -142,6 +142,7 @@ pub fn conclude(
         usage: author.thought.usage,
         error: None,
         decided_at: now,
+        epoch: 0,
     };
     let weigh = |parts: Parts| parts.change(state).map(|change| (change, parts));
     let mut weighed = decision.map(Parts::sort).and_then(weigh);

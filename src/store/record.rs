@@ -225,6 +225,7 @@ mod tests {
             usage: Some(Usage { input_tokens: 3, output_tokens: 4 }),
             error: None,
             decided_at: Millis(1_795_237_853_120),
+            epoch: 0,
         }
     }
 

@@ -123,6 +123,7 @@ mod tests {
             usage: None,
             error: None,
             decided_at: Millis(6),
+            epoch: 0,
         }
     }
 

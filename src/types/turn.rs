@@ -164,6 +164,10 @@ pub struct TurnRecord {
     pub error: Option<String>,
     /// When it was decided.
     pub decided_at: Millis,
+    /// Under which epoch of its shard it was committed; 0 where the store has one owner, and before it was read again. Stored
+    /// beside the record, not in it.
+    #[serde(skip)]
+    pub epoch: u64,
 }
 
 /// Why stored bytes are not a turn.

@@ -166,36 +166,50 @@ async fn three_nodes_keep_their_promises() {
     run(World::cluster(3, ""), shape()).await;
 }
 
-/// Runs load with a promise broken on purpose, and kills until the checker complains.
-async fn is_caught(broken: &str, kind: &str) {
-    let _turn = TURN.lock().await;
-    let mut world = World::one_node(&format!("[faults]\n{broken} = true")).await;
-    // Without twins and paces: only repeats after a kill may be to blame, and much is to be in flight.
+/// Runs load with a promise broken on purpose, and hurts node 0 until the checker complains.
+async fn is_caught(mut world: World, kind: &str, fault: Fault) {
+    // Without twins and paces: only repeats after a fault may be to blame, and much is to be in flight.
     let shape = Shape { patience: Duration::from_secs(3), ..Shape::default() };
     shape.prepare(&world.http(0)).await;
     for round in 0..CONTROL_ROUNDS {
         let log = world.home().join(format!("history-{round}.jsonl"));
         let load = Load::start(&world.doors(), &format!("r{round}"), &shape, Book::in_file(&log));
         load.until_accepted(150 + 37 * round % 100).await;
-        world.suffer(Fault::one(fault::What::Kill(0), Duration::ZERO)).await;
+        world.suffer(fault).await;
+        load.until_accepted(BETWEEN).await;
         let load = load.finish().await;
         load.book().flush();
         world.until_decided(&shape.instances()).await;
         let verdict = check(&world, &log).await;
         if verdict[kind].as_u64().unwrap() > 0 {
-            println!("{broken} was caught in round {round}: {} {kind}", verdict[kind]);
+            println!("caught in round {round}: {} {kind}", verdict[kind]);
             return;
         }
     }
-    panic!("{broken} was not caught in {CONTROL_ROUNDS} rounds: the chaos test proves nothing");
+    panic!("not caught in {CONTROL_ROUNDS} rounds: the chaos test proves nothing");
 }
+
+const KILL: Fault = Fault::one(fault::What::Kill(0), Duration::ZERO);
 
 #[tokio::test]
 async fn an_acknowledgement_before_the_commit_is_caught() {
-    LocalSet::new().run_until(is_caught("ack_before_commit", "lost")).await;
+    let _turn = TURN.lock().await;
+    let world = World::one_node("[faults]\nack_before_commit = true").await;
+    LocalSet::new().run_until(is_caught(world, "lost", KILL)).await;
 }
 
 #[tokio::test]
 async fn a_repeat_that_is_not_recognised_is_caught() {
-    LocalSet::new().run_until(is_caught("dedupe_off", "doubled")).await;
+    let _turn = TURN.lock().await;
+    let world = World::one_node("[faults]\ndedupe_off = true").await;
+    LocalSet::new().run_until(is_caught(world, "doubled", KILL)).await;
+}
+
+/// A node sleeps through the end of its lease, wakes, and goes on writing beside its successor.
+#[tokio::test]
+async fn an_owner_that_writes_after_another_took_over_is_caught() {
+    let _turn = TURN.lock().await;
+    let world = World::cluster(3, "[faults]\nfence_off = true").await;
+    let nap = Fault::one(fault::What::Freeze(0), Duration::from_secs(5));
+    LocalSet::new().run_until(is_caught(world, "interleaved", nap)).await;
 }

@@ -228,6 +228,7 @@ impl Bench {
             usage: None,
             error: None,
             decided_at: now,
+            epoch: 0,
         }
     }
 

@@ -196,6 +196,7 @@ pub fn record(turn: u64, stimulus: Stimulus) -> TurnRecord {
         usage: None,
         error: None,
         decided_at: Clock::System.now(),
+        epoch: 0,
     }
 }
 

@@ -502,6 +502,7 @@ async fn what_was_told_answers_a_later_question_without_a_model() {
             usage: None,
             error: None,
             decided_at: Millis(1_795_237_853_120),
+            epoch: 0,
         };
         let (done, end) = Done::channel();
         let work = Work::Turns { head, turns: vec![Arc::new(turn)] };

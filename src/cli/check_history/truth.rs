@@ -121,7 +121,7 @@ impl From<&TurnRecord> for Seen {
             id: turn.stimulus.id.as_str().to_owned(),
             content: turn.stimulus.content.clone(),
             reply: turn.reply.as_ref().and_then(|reply| reply.content.clone()),
-            epoch: None,
+            epoch: (turn.epoch > 0).then_some(turn.epoch),
         }
     }
 }

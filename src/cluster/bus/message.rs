@@ -506,6 +506,7 @@ pub(crate) fn samples() -> Vec<Message> {
         usage: None,
         error: None,
         decided_at: Millis(1_795_237_853_121),
+        epoch: 0,
     }));
     let letter = Letter { stimulus: stimulus(None), reason: "poison".into(), tries: 3, at: Millis(5) };
     let items = [(None, false), (Some(vec![7]), true)].map(|(correlation, decided)| Item {

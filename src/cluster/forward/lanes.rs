@@ -763,6 +763,7 @@ mod tests {
             usage: None,
             error: None,
             decided_at: Millis(0),
+            epoch: 0,
         };
         Outcome::Decided { turn: Record(Arc::new(turn)), repeated: false }
     }

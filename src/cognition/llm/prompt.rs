@@ -145,6 +145,7 @@ mod tests {
             usage: None,
             error: None,
             decided_at: Millis(0),
+            epoch: 0,
         })
     }
 

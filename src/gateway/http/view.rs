@@ -186,6 +186,9 @@ pub struct TurnView<'a> {
     /// Why it failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<&'a str>,
+    /// Where nodes share a store: how often its shard had changed hands. It never falls from one turn to the next.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    epoch: Option<u64>,
 }
 
 impl<'a> From<&'a TurnRecord> for TurnView<'a> {
@@ -204,6 +207,7 @@ impl<'a> From<&'a TurnRecord> for TurnView<'a> {
             version: turn.version,
             outcome: turn.outcome,
             error: turn.error.as_deref(),
+            epoch: (turn.epoch > 0).then_some(turn.epoch),
         }
     }
 }
@@ -409,6 +413,7 @@ mod tests {
             usage: Some(Usage { input_tokens: 2, output_tokens: 3 }),
             error: None,
             decided_at: Millis(1_795_237_853_120),
+            epoch: 0,
         };
         let body: Value = serde_json::from_slice(&turn_json(&turn)).unwrap();
         assert_eq!(

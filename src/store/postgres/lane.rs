@@ -413,7 +413,8 @@ impl Attempt<'_> {
         for (job, asking) in batch.iter().zip(askings) {
             match job {
                 Job::Unit(unit) => {
-                    let mut decider = Decider { facts: &facts, writes: &mut writes, lives: self.lives, dedupe };
+                    let fenced = self.shared.fenced;
+                    let mut decider = Decider { facts: &facts, writes: &mut writes, lives: self.lives, dedupe, fenced };
                     let Some(asking) = asking else { continue };
                     match decider.unit(unit, asking).map_err(Failure::Refused)? {
                         End::Written(committed) => ends.push(Ok(committed)),

@@ -87,6 +87,8 @@ const OTHER_WRITERS: usize = 4;
 pub struct Options {
     /// Recognise repeated stimulus ids. Off only for the negative control of a test.
     pub dedupe: bool,
+    /// Whether only the owner of a shard may write for it: the negative control of the cluster tests turns it off.
+    pub fenced: bool,
     /// How long a batch that was surely not written is tried again while there is no connection.
     pub patience: Duration,
     /// Commits fail with [`Error::Full`] while this file exists.
@@ -98,6 +100,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             dedupe: true,
+            fenced: true,
             patience: Duration::from_secs(5),
             #[cfg(feature = "faults")]
             disk_full_file: None,
@@ -115,6 +118,7 @@ struct Metrics {
 struct Shared {
     shards: u32,
     dedupe: bool,
+    fenced: bool,
     max_batch: usize,
     patience: Duration,
     #[cfg(feature = "faults")]
@@ -217,6 +221,7 @@ impl PostgresStore {
         let shared = Arc::new(Shared {
             shards,
             dedupe: options.dedupe,
+            fenced: options.fenced,
             max_batch: config.max_batch,
             patience: options.patience,
             #[cfg(feature = "faults")]

@@ -61,7 +61,7 @@ const BELOW: Sql = Sql {
 };
 /// Turns of an instance above a number. The limit stands inside: outside, a long history is sorted for a page of it.
 const ABOVE: Sql = Sql {
-    text: "SELECT t.rec FROM instances i CROSS JOIN LATERAL (SELECT x.turn, x.rec FROM turns x
+    text: "SELECT t.rec, t.epoch FROM instances i CROSS JOIN LATERAL (SELECT x.turn, x.rec, x.epoch FROM turns x
              WHERE x.tenant = i.tenant AND x.life = i.life AND x.turn > $3 ORDER BY x.turn LIMIT $4) t
            WHERE i.tenant = $1 AND i.instance = $2 ORDER BY t.turn",
     types: &[Type::TEXT, Type::TEXT, Type::INT8, Type::INT8],
@@ -239,7 +239,11 @@ impl PostgresStore {
     ) -> Result<Vec<Arc<TurnRecord>>, Error> {
         let names: (&str, &str) = (key.tenant.as_str(), key.instance.as_str());
         let found = self.fresh_rows(&key.tenant, &ABOVE, &[&names.0, &names.1, &big(after), &limit(count)]).await?;
-        found.iter().map(|row| Ok(Arc::new(rows::turn(row, 0)?))).collect()
+        let turn = |row: &Row| {
+            let epoch: i64 = row.try_get(1).map_err(column)?;
+            Ok(Arc::new(TurnRecord { epoch: epoch.unsigned_abs(), ..rows::turn(row, 0)? }))
+        };
+        found.iter().map(turn).collect()
     }
 
     pub(super) async fn find_stimulus(&self, key: &InstanceKey, stimulus: &StimulusId) -> Result<Option<Known>, Error> {

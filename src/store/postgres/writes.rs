@@ -8,7 +8,7 @@ use tokio_postgres::types::Type;
 
 use super::sql::{Param, Sql};
 use crate::{
-    store::{Error, Feed, MqttWrite, Pending, Shipping, rank, record, replay},
+    store::{Error, Feed, Fence, MqttWrite, Pending, Shipping, rank, record, replay},
     types::{InstanceKey, Millis, Stimulus, StimulusId, TenantId, TurnRecord},
 };
 
@@ -29,16 +29,17 @@ const PROFILES: Sql = Sql {
     types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::TEXT_ARRAY],
 };
 const TURNS: Sql = Sql {
-    text: "INSERT INTO turns (tenant, life, turn, position, shard, instance, rec)
-           SELECT tenant, life, turn, CASE WHEN leaves THEN nextval('positions') END, shard, instance, rec
-           FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bool[], $5::int[], $6::text[], $7::bytea[])
-             t(tenant, life, turn, leaves, shard, instance, rec)",
+    text: "INSERT INTO turns (tenant, life, turn, position, shard, epoch, instance, rec)
+           SELECT tenant, life, turn, CASE WHEN leaves THEN nextval('positions') END, shard, epoch, instance, rec
+           FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bool[], $5::int[], $6::bigint[], $7::text[], $8::bytea[])
+             t(tenant, life, turn, leaves, shard, epoch, instance, rec)",
     types: &[
         Type::TEXT_ARRAY,
         Type::INT8_ARRAY,
         Type::INT8_ARRAY,
         Type::BOOL_ARRAY,
         Type::INT4_ARRAY,
+        Type::INT8_ARRAY,
         Type::TEXT_ARRAY,
         Type::BYTEA_ARRAY,
     ],
@@ -220,6 +221,7 @@ struct Turns<'a> {
     turn: Numbers,
     leaves: Vec<bool>,
     shard: Shorts,
+    epoch: Numbers,
     instance: Texts<'a>,
     rec: Blobs,
 }
@@ -295,7 +297,7 @@ impl<'a> Writes<'a> {
     pub(super) fn turn(
         &mut self,
         key: &'a InstanceKey,
-        shard: u32,
+        fence: Fence,
         life: i64,
         turn: &'a TurnRecord,
         waited: bool,
@@ -309,7 +311,8 @@ impl<'a> Writes<'a> {
         self.turns.life.push(life);
         self.turns.turn.push(number);
         self.turns.leaves.push(row.has(record::EFFECTS));
-        self.turns.shard.push(int(shard));
+        self.turns.shard.push(int(fence.shard));
+        self.turns.epoch.push(big(fence.epoch));
         self.turns.instance.push(key.instance.as_str());
         self.turns.rec.push(rec);
         if row.has(record::INDEXED) {
@@ -525,7 +528,16 @@ impl<'a> Writes<'a> {
             (
                 &TURNS,
                 turns.turn.len(),
-                vec![&turns.tenant, &turns.life, &turns.turn, &turns.leaves, &turns.shard, &turns.instance, &turns.rec],
+                vec![
+                    &turns.tenant,
+                    &turns.life,
+                    &turns.turn,
+                    &turns.leaves,
+                    &turns.shard,
+                    &turns.epoch,
+                    &turns.instance,
+                    &turns.rec,
+                ],
             ),
             (&SEEN, flat.seen.0.len(), vec![&flat.seen.0, &flat.seen.1, &flat.seen.2, &flat.seen.3, &flat.seen.4]),
             (

@@ -1,0 +1,1 @@
+-- One process uses this store: there are no epochs. The number is kept in step with the other dialects.
