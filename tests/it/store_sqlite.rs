@@ -176,7 +176,7 @@ async fn a_newer_schema_and_a_damaged_file_are_told() {
     let folder = tempfile::tempdir().unwrap();
     open(folder.path(), Options::default()).close();
     let db = rusqlite::Connection::open(folder.path().join("sophont.db")).unwrap();
-    db.execute("UPDATE refinery_schema_history SET version = 99", []).unwrap();
+    db.execute("UPDATE refinery_schema_history SET version = 99 WHERE version = 1", []).unwrap();
     drop(db);
     let error = open_error(folder.path());
     assert!(matches!(error, Error::NewerSchema { found: 99, .. }), "{error}");
