@@ -66,6 +66,9 @@ pub enum Error {
     /// The store cannot be opened.
     #[error(transparent)]
     Store(#[from] store::Error),
+    /// It cannot take part in its cluster.
+    #[error("cannot join the cluster: {0}")]
+    Cluster(#[from] member::Error),
     /// Credentials are wrong or missing.
     #[error(transparent)]
     Auth(#[from] auth::Error),
@@ -79,6 +82,7 @@ impl Fault for Error {
         match self {
             Error::Bind { .. } | Error::DataDir { .. } | Error::Part(_) => Kind::Unavailable,
             Error::Store(error) => error.kind(),
+            Error::Cluster(error) => error.kind(),
             Error::Auth(error) => error.kind(),
         }
     }
@@ -89,6 +93,7 @@ impl Fault for Error {
             )),
             Error::DataDir { .. } => Some(String::from("choose a folder this user may write with --data-dir")),
             Error::Store(error) => error.hint(),
+            Error::Cluster(error) => error.hint(),
             Error::Auth(error) => error.hint(),
             Error::Part(_) => None,
         }
@@ -224,8 +229,7 @@ impl Node {
             arbiter,
             handle: edge.handle.clone(),
         })
-        .await
-        .map_err(part)?;
+        .await?;
         let router = Router::new(environment, shards, Some(member.clone()));
 
         let door = match config.mqtt.mode {
@@ -437,5 +441,19 @@ struct Local(Router);
 impl Acceptor for Local {
     async fn accept(&self, key: InstanceKey, stimulus: Stimulus) -> Result<(), String> {
         self.0.deliver(&key, stimulus, Until::Accepted).await.map(drop).map_err(|error| error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{cluster, gateway::mqtt, store, types::turn};
+
+    /// Nodes of two builds read what each other stored. A form that is raised here has to be one that every build which
+    /// the protocol lets beside this one reads already: docs/adr/0012 says how. Then the numbers here change, too.
+    #[test]
+    fn what_is_written_is_read_by_all_builds_of_the_protocol() {
+        let [row, blob] = store::record::WRITTEN;
+        let written = [turn::RECORD_VERSION, row, blob, mqtt::record::VERSION, cluster::bus::frame::VERSION];
+        assert_eq!((cluster::PROTOCOL.min, written), (1, [1; 5]), "records, rows, blobs, MQTT records, frames");
     }
 }

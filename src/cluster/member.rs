@@ -33,7 +33,7 @@ use crate::{
         Fence, Scope, Store,
         ownership::{self, Joining, Ownership, View},
     },
-    types::{InstanceKey, Load, NodeId},
+    types::{Fault, InstanceKey, Kind, Load, NodeId, Protocol},
 };
 
 /// Longest wait for the turns of a shard that is handed off. A thought that takes longer is begun again by the next owner.
@@ -53,6 +53,27 @@ pub enum Error {
     /// The settings of the bus are wrong.
     #[error(transparent)]
     Bus(#[from] bus::redis::Unusable),
+}
+
+impl Fault for Error {
+    fn kind(&self) -> Kind {
+        match self {
+            Error::Ownership(error) => error.kind(),
+            Error::Bus(_) => Kind::Invalid,
+        }
+    }
+    fn code(&self) -> &'static str {
+        match self {
+            Error::Ownership(error) => error.code(),
+            Error::Bus(_) => "BUS_UNUSABLE",
+        }
+    }
+    fn hint(&self) -> Option<String> {
+        match self {
+            Error::Ownership(error) => error.hint(),
+            Error::Bus(_) => None,
+        }
+    }
 }
 
 /// What a member is made of.
@@ -118,9 +139,9 @@ impl Member {
         };
         let terms = Terms::of(&config.cluster);
         #[cfg(feature = "faults")]
-        let claimed = config.faults.busy_permille;
+        let (claimed, spoken) = (config.faults.busy_permille, config.faults.protocol);
         #[cfg(not(feature = "faults"))]
-        let claimed = None;
+        let (claimed, spoken) = (None, None);
         let gauge = Gauge::new(environment.clone(), shards.clone(), claimed);
         let balancer = Balancer::start(balancer::Parts {
             me: node.clone(),
@@ -143,7 +164,7 @@ impl Member {
                 addresses,
                 roles: config.node.roles.clone(),
                 weight: config.node.weight,
-                protocol: PROTOCOL,
+                protocol: spoken.map_or(PROTOCOL, |only| Protocol { min: only, max: only }),
                 lease: terms.lease,
             },
             terms,

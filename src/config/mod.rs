@@ -498,6 +498,8 @@ pub struct Faults {
     pub fence_off: bool,
     /// How busy the node says it is, in thousandths, in place of how busy it is.
     pub busy_permille: Option<u32>,
+    /// The version of the cluster's protocol that the node claims to speak, and no other.
+    pub protocol: Option<u32>,
 }
 
 impl Faults {

@@ -356,8 +356,9 @@ impl Run {
     }
 
     fn is_finished(&self) -> bool {
+        // Of no shards there is nothing more: who handed all of them over need not look.
         self.finishing
-            && !self.more
+            && (!self.more || self.follow.feeds() == 0)
             && self.follow.awaited().is_empty()
             && self.reading.is_none()
             && self.under_way.is_empty()

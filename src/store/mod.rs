@@ -31,7 +31,7 @@ pub mod memory;
 pub mod ownership;
 pub mod postgres;
 mod rank;
-mod record;
+pub(crate) mod record;
 mod replay;
 pub mod roaming;
 mod scope;

@@ -35,7 +35,7 @@ pub enum Error {
         configured: u32,
     },
     /// A live node speaks no version of the protocol that this one speaks.
-    #[error("node {node} speaks protocol {theirs}, this build {ours}: they have no version in common")]
+    #[error("node {node} speaks cluster protocol {theirs}, this build speaks {ours}: they have no version in common")]
     OtherProtocol {
         /// The live node.
         node: NodeId,
@@ -73,9 +73,15 @@ impl Fault for Error {
             Error::OtherShards { stored, .. } => {
                 Some(format!("set cluster.shards = {stored}, or give this node another cluster.name"))
             }
-            Error::OtherProtocol { .. } => {
-                Some(String::from("upgrade one release at a time, or stop the nodes with the other build first"))
-            }
+            Error::OtherProtocol { node, theirs, ours } => Some(if theirs.max < ours.min {
+                format!(
+                    "this build is too new for {node}: bring all nodes to a release between, whose protocol reaches from {} \
+                     to {}, and then to this one; or stop all nodes before this one starts",
+                    theirs.max, ours.min
+                )
+            } else {
+                format!("this build is too old for {node}: start one that speaks cluster protocol {theirs}")
+            }),
             Error::Lost => Some(String::from("repeat the request; it will reach another node")),
             Error::Store(error) => error.hint(),
         }

@@ -19,6 +19,10 @@ const ROW_VERSION: u8 = 1;
 /// The newest version of a waiting or dead stimulus and of a pending effect.
 const BLOB_VERSION: u8 = 1;
 
+/// The versions that are written, for the test that holds them against the cluster's protocol.
+#[cfg(test)]
+pub(crate) const WRITTEN: [u8; 2] = [ROW_VERSION, BLOB_VERSION];
+
 /// The turn has effects.
 pub(crate) const EFFECTS: u8 = 1;
 /// The turn has episodes.

@@ -6,6 +6,7 @@ use nix::sys::signal::Signal;
 use sophont::{
     cluster::bus::{
         Bus, Error, Health, Inbound, Inlet, Message,
+        frame::{self, Header},
         message::Relay,
         redis::{Options, RedisBus},
     },
@@ -96,6 +97,25 @@ impl End {
         })
         .await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_newer_build_says_is_answered_and_not_waited_for() {
+    let redis = Redis::start().await;
+    let (mut old, mut new) = (End::start(&redis, "old").await, End::start(&redis, "new").await);
+    new.send(&old, 1).unwrap();
+    old.has(&new.node(), 1).await;
+    // As a build would say it whose frames have another form behind the header.
+    let mut frame = frame::begin(&Header { from: new.node(), number: 1_000_000 }).unwrap();
+    frame[0] = frame::VERSION + 1;
+    frame.extend_from_slice(b"whatever");
+    let client = ::redis::Client::open(redis.url()).unwrap();
+    let mut connection = client.get_multiplexed_async_connection().await.unwrap();
+    let mailbox = format!("sophont:test:node:{}", old.node());
+    ::redis::cmd("XADD").arg(&mailbox).arg("*").arg("f").arg(frame).exec_async(&mut connection).await.unwrap();
+    new.is_told_of_a_loss().await;
+    new.send(&old, 2).unwrap();
+    old.has(&new.node(), 2).await;
 }
 
 fn numbered(number: u64, bytes: usize) -> Message {

@@ -37,3 +37,4 @@ mod tenure;
 mod thinking;
 mod transport;
 mod turn;
+mod upgrade;

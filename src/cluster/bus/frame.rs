@@ -1,7 +1,8 @@
 //! A frame: who sent it, the how manyeth it is to this receiver, and some messages, as one piece of bytes.
 //!
 //! The form is one version byte, the postcard header, then each message with its length (4 bytes, little endian) before it.
-//! A build reads the versions it knows; a frame of a newer one is dropped, and what it asked for goes another way.
+//! A build reads the versions it knows. A frame of a newer one is dropped and its sender is told, who then goes another way;
+//! so the header keeps its form in all versions.
 //! Invariants: reading never panics and takes memory in proportion to the frame; one message that cannot be read spoils no
 //! other. Tests: at the foot; `tests/golden/bus` holds one frame of each version.
 
@@ -22,7 +23,7 @@ pub enum Unreadable {
     #[error("an empty frame")]
     Empty,
     /// Written by a newer build.
-    #[error("a frame of version {0}, this build reads up to {VERSION}: upgrade this node")]
+    #[error("a frame of version {0}, and this build reads up to {VERSION}")]
     Newer(u8),
     /// A message of a kind this build does not know, or damaged bytes.
     #[error("a damaged frame: {0}")]
@@ -82,6 +83,12 @@ pub fn open(frame: &[u8]) -> Result<(Header, Messages<'_>), Unreadable> {
         }
         Some((&version, _)) => Err(Unreadable::Newer(version)),
     }
+}
+
+/// Who sent a frame that [`open`] does not know the version of.
+pub fn sender(frame: &[u8]) -> Option<NodeId> {
+    let (_, rest) = frame.split_first()?;
+    postcard::take_from_bytes::<Header>(rest).ok().map(|(header, _)| header.from)
 }
 
 /// The messages of a frame, in order.
@@ -182,7 +189,9 @@ mod tests {
 
         bytes.truncate(bytes.len() - 1);
         assert!(matches!(open(&bytes).unwrap().1.last(), Some(Err(Unreadable::Short))));
-        assert_eq!(open(&[VERSION + 1, 0]).err(), Some(Unreadable::Newer(VERSION + 1)));
+        bytes[0] = VERSION + 1;
+        assert_eq!(open(&bytes).err(), Some(Unreadable::Newer(VERSION + 1)));
+        assert_eq!((sender(&bytes), sender(&[VERSION + 1, 200])), (Some(header().from), None));
         assert_eq!(open(&[]).err(), Some(Unreadable::Empty));
         let mut huge = begin(&header()).unwrap();
         huge.extend_from_slice(&u32::MAX.to_le_bytes());

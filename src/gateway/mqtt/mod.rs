@@ -17,7 +17,7 @@ mod lines;
 mod outbox;
 mod packet;
 mod publish;
-mod record;
+pub(crate) mod record;
 mod registry;
 mod retained;
 mod session;

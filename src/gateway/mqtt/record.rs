@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use crate::types::Millis;
 
 /// The newest version this build writes.
-const VERSION: u8 = 1;
+pub(crate) const VERSION: u8 = 1;
 
 /// A message as it travels and as it is stored. Shared by all its receivers.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -36,6 +36,7 @@ pub struct Builder {
     data_dir: Option<PathBuf>,
     ports: Option<(u16, u16)>,
     no_mqtt: bool,
+    program: Option<PathBuf>,
     about: Option<About>,
 }
 
@@ -56,6 +57,18 @@ impl Builder {
     /// Sets an environment variable.
     pub fn env(mut self, name: &str, value: impl Into<String>) -> Self {
         self.environment.push((name.into(), value.into()));
+        self
+    }
+
+    /// Takes an environment variable back.
+    pub fn without_env(mut self, name: &str) -> Self {
+        self.environment.retain(|(other, _)| other != name);
+        self
+    }
+
+    /// Runs another build; `None` is the one under test.
+    pub fn program(mut self, path: Option<PathBuf>) -> Self {
+        self.program = path;
         self
     }
 
@@ -159,6 +172,11 @@ impl Node {
         }
     }
 
+    /// How it was started, for another one beside it: the same settings, a home and ports of its own.
+    pub fn twin(&self) -> Builder {
+        Builder { ports: None, ..self.builder.clone() }
+    }
+
     /// The address of the HTTP door.
     pub fn http(&self) -> SocketAddr {
         let front = self.front.as_ref().map(|(http, _)| http.address());
@@ -250,7 +268,7 @@ impl Node {
             arguments = database(&postgres::database_of(&self.data_dir()));
         }
         arguments.extend(self.cluster.iter().flat_map(|cluster| cluster.arguments(process)));
-        let child = Command::new(program())
+        let child = Command::new(self.builder.program.clone().unwrap_or_else(program))
             .arg("serve")
             .arg("--config")
             .arg(&config)
@@ -391,6 +409,12 @@ impl Node {
             .await;
         }
         self.kill9().await;
+    }
+
+    /// Changes how a stopped node will be started, but for the config file.
+    pub fn change(&mut self, change: impl FnOnce(Builder) -> Builder) {
+        self.assert_stopped();
+        self.builder = change(std::mem::take(&mut self.builder));
     }
 
     /// Changes how a stopped node will be started.

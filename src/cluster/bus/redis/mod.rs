@@ -159,18 +159,26 @@ impl RedisBus {
         shared.counts.up.set(0.0);
         let tasks = TaskTracker::new();
         tasks.spawn_on(writer::run(shared.clone(), waiting), handle);
-        tasks.spawn_on(reader::run(shared.clone()), handle);
+        tasks.spawn_on(reader::run(shared.clone(), queue.downgrade()), handle);
         tasks.close();
         Ok((Arc::new(Self { shared, queue, tasks }), receiver))
     }
 
-    fn queue(&self, to: Option<&NodeId>, message: &Message) -> Result<(), Error> {
-        let shared = &self.shared;
-        let refused = |error: Error| {
-            shared.counts.refused(error).increment(1);
+}
+
+impl Shared {
+    /// Queues a message for one node, or for all others.
+    fn queue(
+        &self,
+        queue: &mpsc::Sender<Outgoing>,
+        to: Option<&NodeId>,
+        message: &Message,
+    ) -> Result<(), Error> {
+                let refused = |error: Error| {
+            self.counts.refused(error).increment(1);
             Err(error)
         };
-        if !shared.up.load(Ordering::Acquire) {
+        if !self.up.load(Ordering::Acquire) {
             return refused(Error::Down);
         }
         let bytes = match frame::encode(message) {
@@ -178,15 +186,15 @@ impl RedisBus {
             Err(error) => return refused(error),
         };
         let len = bytes.len();
-        if shared.queued.fetch_add(len, Ordering::AcqRel) + len > shared.options.max_queue_bytes {
-            shared.queued.fetch_sub(len, Ordering::AcqRel);
+        if self.queued.fetch_add(len, Ordering::AcqRel) + len > self.options.max_queue_bytes {
+            self.queued.fetch_sub(len, Ordering::AcqRel);
             return refused(Error::Overloaded);
         }
-        if self.queue.try_send(Outgoing { to: to.cloned(), message: bytes }).is_err() {
-            shared.queued.fetch_sub(len, Ordering::AcqRel);
+        if queue.try_send(Outgoing { to: to.cloned(), message: bytes }).is_err() {
+            self.queued.fetch_sub(len, Ordering::AcqRel);
             return refused(Error::Overloaded);
         }
-        shared.counts.sent[message.number()].increment(1);
+        self.counts.sent[message.number()].increment(1);
         Ok(())
     }
 }
@@ -203,10 +211,10 @@ impl Bus for RedisBus {
         &self.shared.node
     }
     fn send(&self, to: &NodeId, message: &Message) -> Result<(), Error> {
-        self.queue(Some(to), message)
+        self.shared.queue(&self.queue, Some(to), message)
     }
     fn broadcast(&self, message: &Message) -> Result<(), Error> {
-        self.queue(None, message)
+        self.shared.queue(&self.queue, None, message)
     }
     fn health(&self) -> Health {
         let state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);

@@ -4,16 +4,25 @@
 //! Tests: at the foot; `tests/it/bus.rs`.
 
 use std::{
+    collections::BTreeSet,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use redis::{ErrorKind, RedisError, RedisResult, Value, aio::MultiplexedConnection};
+use tokio::sync::mpsc::WeakSender;
 
-use super::{End, MAILBOX_SECONDS, Shared, order::Seen, pauses};
-use crate::cluster::bus::{
-    Inbound,
-    frame::{self, Unreadable},
+use super::{End, MAILBOX_SECONDS, Outgoing, Shared, order::Seen, pauses};
+use crate::{
+    cluster::{
+        PROTOCOL,
+        bus::{
+            Inbound, Message,
+            frame::{self, Unreadable},
+            message::Unread,
+        },
+    },
+    types::NodeId,
 };
 
 /// Longest wait of Redis for something to read.
@@ -24,6 +33,8 @@ const COUNT: usize = 256;
 const TRIM_BYTES: usize = 4 * 1024 * 1024;
 /// after this long, when its life is prolonged as well.
 const UPKEEP: Duration = Duration::from_secs(5);
+/// Most nodes that speak otherwise that are remembered.
+const STRANGERS: usize = 1024;
 /// Broadcasts are kept so long for nodes that are behind, in milliseconds.
 const BROADCASTS_MS: u64 = 30_000;
 
@@ -50,18 +61,23 @@ struct Reading {
     /// `None` until the first connection: only what is said from then on matters.
     everybody: Option<Position>,
     seen: Seen,
+    /// Lives of nodes that said what this one cannot read, or cannot read what this one says; each is logged once.
+    strangers: BTreeSet<NodeId>,
+    queue: WeakSender<Outgoing>,
     /// Redis' clock in milliseconds at an instant of ours.
     clock: (u64, Instant),
     unread: usize,
     kept: Instant,
 }
 
-pub(super) async fn run(shared: Arc<Shared>) {
+pub(super) async fn run(shared: Arc<Shared>, queue: WeakSender<Outgoing>) {
     let now = Instant::now();
     let mut reading = Reading {
         mailbox: Position::default(),
         everybody: None,
         seen: Seen::default(),
+        strangers: BTreeSet::new(),
+        queue,
         clock: (0, now),
         unread: 0,
         kept: now,
@@ -191,6 +207,36 @@ impl Reading {
         Ok(())
     }
 
+    /// A node speaks a newer version: it is told, so that it need not wait for what this one will never answer.
+    fn answer_newer(&mut self, shared: &Shared, version: u8, bytes: &[u8]) {
+        unreadable(shared, &Unreadable::Newer(version));
+        let Some(from) = frame::sender(bytes).filter(|from| *from != shared.node) else { return };
+        if self.is_stranger(&from) {
+            tracing::warn!(%from, version, reads = %PROTOCOL, "it speaks a newer bus than this build reads: upgrade this node");
+        }
+        let said = Message::Unread(Unread { version, reads: PROTOCOL });
+        if let Some(queue) = self.queue.upgrade() {
+            // Refused: the other one has deadlines.
+            let _ = shared.queue(&queue, Some(&from), &said);
+        }
+    }
+
+    /// What this node sent was not read: whoever waits for an answer to it goes another way at once.
+    async fn hear_unread(&mut self, shared: &Shared, from: &NodeId, Unread { version, reads }: Unread) {
+        if self.is_stranger(from) {
+            tracing::warn!(%from, version, %reads, "it cannot read what this build says on the bus: upgrade that node");
+        }
+        shared.lost(Some(from.clone())).await;
+    }
+
+    /// Whether it is news that this life of a node speaks otherwise.
+    fn is_stranger(&mut self, node: &NodeId) -> bool {
+        if self.strangers.len() >= STRANGERS {
+            self.strangers.clear();
+        }
+        self.strangers.insert(node.clone())
+    }
+
     /// Redis' clock in milliseconds.
     fn now(&self) -> u64 {
         self.clock.0 + u64::try_from(self.clock.1.elapsed().as_millis()).unwrap_or(0)
@@ -202,6 +248,7 @@ impl Reading {
         }
         let (header, messages) = match frame::open(bytes) {
             Ok(opened) => opened,
+            Err(Unreadable::Newer(version)) => return self.answer_newer(shared, version, bytes),
             Err(error) => return unreadable(shared, &error),
         };
         if header.from == shared.node && to_all {
@@ -213,6 +260,7 @@ impl Reading {
         let age_ms = self.now().saturating_sub(position.0);
         for message in messages {
             match message {
+                Ok(Message::Unread(unread)) => self.hear_unread(shared, &header.from, unread).await,
                 Ok(message) => {
                     shared.counts.received[message.number()].increment(1);
                     let inbound = Inbound::Message { from: header.from.clone(), age_ms, message };
