@@ -31,7 +31,7 @@ use crate::{
     runtime::drain::Drain,
     store::{
         Fence, Scope, Store,
-        ownership::{self, Joining, Ownership, View},
+        ownership::{self, Joining, NodeRow, Ownership, View},
     },
     types::{Fault, InstanceKey, Kind, Load, NodeId, Protocol},
 };
@@ -50,6 +50,9 @@ pub enum Error {
     /// It cannot join.
     #[error(transparent)]
     Ownership(#[from] ownership::Error),
+    /// It is set to be alone, and another node is there.
+    #[error("scaling.horizontal_scaling_enabled is false here, and node {0} is alive in this database")]
+    NotAlone(NodeId),
     /// The settings of the bus are wrong.
     #[error(transparent)]
     Bus(#[from] bus::redis::Unusable),
@@ -59,18 +62,23 @@ impl Fault for Error {
     fn kind(&self) -> Kind {
         match self {
             Error::Ownership(error) => error.kind(),
+            Error::NotAlone(_) => Kind::Conflict,
             Error::Bus(_) => Kind::Invalid,
         }
     }
     fn code(&self) -> &'static str {
         match self {
             Error::Ownership(error) => error.code(),
+            Error::NotAlone(_) => "CLUSTER_NOT_ALONE",
             Error::Bus(_) => "BUS_UNUSABLE",
         }
     }
     fn hint(&self) -> Option<String> {
         match self {
             Error::Ownership(error) => error.hint(),
+            Error::NotAlone(_) => Some(String::from(
+                "stop that node, or let this one be one of several: leave scaling.horizontal_scaling_enabled out",
+            )),
             Error::Bus(_) => None,
         }
     }
@@ -116,7 +124,12 @@ impl Member {
     pub async fn start(parts: Parts<'_>) -> Result<Self, Error> {
         let Parts { config, addresses, ownership, store, environment, shards, drain, arbiter, handle } = parts;
         let node = NodeId::generate(&config.node.name());
-        let (bus, inlet) = bus::start(&config.redis, &config.cluster.name, node.clone(), &handle)?;
+        let alone = !config.scales_out();
+        if alone {
+            insist_on_being_alone(&*ownership, Terms::of(&config.cluster).lease).await?;
+        }
+        let redis = if alone { &config.redis.off() } else { &config.redis };
+        let (bus, inlet) = bus::start(redis, &config.cluster.name, node.clone(), &handle)?;
         let map = Arc::new(Map { me: node.clone(), shards: shards.clone(), membership: OnceLock::new() });
         let forwarder = Forwarder::new(forward::Parts {
             bus: bus.clone(),
@@ -191,7 +204,7 @@ impl Member {
             _ => {}
         });
         forwarder.serve(inlet, Arc::new(Local::new(shards, environment, news)), &drain);
-        handle.spawn(follow(membership.clone(), forwarder.clone(), watches, drain));
+        handle.spawn(follow(membership.clone(), forwarder.clone(), watches, drain, alone));
         let settled = |standing: &Standing| standing.open > 0 || (standing.version > 1 && !standing.alone);
         let _ = tokio::time::timeout(terms.lease, membership.standing().wait_for(settled)).await;
         Ok(Self {
@@ -281,8 +294,9 @@ impl Scales for Balancer {
 }
 
 /// Tells forwarding and watches of every new table.
-async fn follow(membership: Membership, forwarder: Forwarder, watches: Watches, drain: Drain) {
+async fn follow(membership: Membership, forwarder: Forwarder, watches: Watches, drain: Drain, alone: bool) {
     let mut standing = membership.standing();
+    let mut intruders: Vec<NodeId> = Vec::new();
     loop {
         tokio::select! {
             changed = standing.changed() => if changed.is_err() { return },
@@ -290,6 +304,28 @@ async fn follow(membership: Membership, forwarder: Forwarder, watches: Watches, 
         }
         forwarder.moved();
         watches.moved();
+        if alone {
+            let table = membership.table();
+            let others = table.nodes.iter().map(|row| &row.node).filter(|node| *node != membership.node());
+            let others: Vec<NodeId> = others.cloned().collect();
+            if !others.is_empty() && others != intruders {
+                tracing::error!(?others, "other nodes joined, and scaling.horizontal_scaling_enabled is false here");
+            }
+            intruders = others;
+        }
+    }
+}
+
+/// Waits until no other node is alive, at most for a lease: an earlier life of this node ends within it.
+async fn insist_on_being_alone(ownership: &dyn Ownership, lease: Duration) -> Result<(), Error> {
+    let until = tokio::time::Instant::now() + lease;
+    loop {
+        let view = ownership.view().await?;
+        let Some(other) = view.nodes.into_iter().find(NodeRow::holds) else { return Ok(()) };
+        if tokio::time::Instant::now() >= until {
+            return Err(Error::NotAlone(other.node));
+        }
+        tokio::time::sleep(membership::LOOK).await;
     }
 }
 

@@ -61,6 +61,7 @@ pub(super) fn check(config: &Config, has_env: &dyn Fn(&str) -> bool) -> Vec<Foun
     mqtt(&config.mqtt, has_env, &mut found);
     store(&config.store, has_env, &mut found);
     redis(&config.redis, has_env, &mut found);
+    scaling(config, &mut found);
     cognition(&config.cognition, has_env, &mut found);
     delivery(&config.delivery, &mut found);
     auth(&config.auth, has_env, &mut found);
@@ -190,6 +191,16 @@ fn store(store: &Store, has_env: &dyn Fn(&str) -> bool, found: &mut Findings) {
     }
     if postgres.tls == PostgresTls::Off && postgres.tls_ca.is_some() {
         found.add(&["store", "postgres", "tls_ca"], "tls_ca is used only with tls = \"verify\"");
+    }
+}
+
+fn scaling(config: &Config, found: &mut Findings) {
+    if config.scaling.horizontal_scaling_enabled == Some(true) && config.store.backend != Backend::Postgres {
+        found.add_with_hint(
+            &["scaling", "horizontal_scaling_enabled"],
+            "several nodes need a store they can share, and this one is of a single process",
+            "set store.backend = \"postgres\" and [store.postgres] url, the same on every node; or leave this out",
+        );
     }
 }
 

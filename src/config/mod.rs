@@ -55,6 +55,13 @@ pub struct Config {
     pub faults: Faults,
 }
 
+impl Config {
+    /// Whether this node is one of several: as set, or else whether its store can be shared.
+    pub fn scales_out(&self) -> bool {
+        self.scaling.horizontal_scaling_enabled.unwrap_or(self.store.backend == Backend::Postgres)
+    }
+}
+
 /// `[node]`
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -321,6 +328,12 @@ pub struct Redis {
 }
 
 impl Redis {
+    /// Those settings, without a server.
+    #[must_use]
+    pub fn off(&self) -> Self {
+        Self { url: String::new(), url_env: String::new(), ..self.clone() }
+    }
+
     /// Whether there is no bus.
     pub const fn is_off(&self) -> bool {
         self.url.is_empty() && self.url_env.is_empty()
@@ -331,6 +344,9 @@ impl Redis {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scaling {
+    /// Whether other nodes may take part; see [`Config::scales_out`].
+    #[serde(default)]
+    pub horizontal_scaling_enabled: Option<bool>,
     /// Most instances in memory.
     pub max_consciousness_instances: usize,
     /// In-process cache, in MiB.

@@ -2,7 +2,29 @@
 
 use serde_json::json;
 
-use crate::support::{About, Node};
+use crate::support::{About, Node, PATIENCE, cluster::Cluster, wait_until};
+
+#[tokio::test]
+async fn a_node_that_insists_on_being_alone_is() {
+    let only = "SOPHONT__SCALING__HORIZONTAL_SCALING_ENABLED";
+    let mut cluster = Cluster::build_uneven(1, false, |_, builder| builder.env(only, "false")).await;
+    let mut second = cluster.nodes[0].twin().launch();
+    assert!(!second.wait_exit(PATIENCE).await.success());
+    let log = second.log();
+    for part in ["horizontal_scaling_enabled is false here", "n0.", "leave scaling.horizontal_scaling_enabled out"] {
+        assert!(log.contains(part), "{log}");
+    }
+    // One that does not insist may join: the fences keep both right, and the first says what it thinks of it.
+    let guest = cluster.nodes[0].twin().without_env(only).start().await;
+    wait_until("it complains", PATIENCE, async || cluster.nodes[0].log().contains("other nodes joined")).await;
+    drop(guest);
+    // An earlier life of its own does not count for longer than it lives.
+    cluster.nodes[0].kill9().await;
+    cluster.nodes[0].start_again().await;
+    let mut shared = Node::builder().env(only, "true").config("[store]\nbackend = \"sqlite\"").launch();
+    assert!(!shared.wait_exit(PATIENCE).await.success());
+    assert!(shared.log().contains("several nodes need a store they can share"), "{}", shared.log());
+}
 
 #[tokio::test]
 async fn a_node_alone_is_a_cluster_of_one() {

@@ -163,18 +163,12 @@ impl RedisBus {
         tasks.close();
         Ok((Arc::new(Self { shared, queue, tasks }), receiver))
     }
-
 }
 
 impl Shared {
     /// Queues a message for one node, or for all others.
-    fn queue(
-        &self,
-        queue: &mpsc::Sender<Outgoing>,
-        to: Option<&NodeId>,
-        message: &Message,
-    ) -> Result<(), Error> {
-                let refused = |error: Error| {
+    fn queue(&self, queue: &mpsc::Sender<Outgoing>, to: Option<&NodeId>, message: &Message) -> Result<(), Error> {
+        let refused = |error: Error| {
             self.counts.refused(error).increment(1);
             Err(error)
         };
