@@ -82,6 +82,13 @@ impl FromStr for Rate {
     }
 }
 
+/// A process by its id, and what to call it.
+fn process(text: &str) -> Result<(String, u32), String> {
+    let (name, pid) = text.split_once('=').unwrap_or(("server", text));
+    let pid = pid.parse().map_err(|_| format!("'{pid}' is no process id"))?;
+    Ok((name.to_owned(), pid))
+}
+
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds = text.parse::<f64>().map_err(|e| e.to_string())?;
     Duration::try_from_secs_f64(seconds).map_err(|e| e.to_string())
@@ -95,15 +102,16 @@ pub struct Args {
     /// What to measure.
     #[arg(long, value_enum, default_value = "post-durable")]
     pub scenario: Scenario,
-    /// A running server's HTTP address, such as http://127.0.0.1:8080.
+    /// A running server's HTTP address, such as http://127.0.0.1:8080. Repeat for several nodes: connections are spread.
     #[arg(long, value_name = "URL", conflicts_with = "spawn")]
-    pub url: Option<String>,
-    /// A running server's MQTT address.
+    pub url: Vec<String>,
+    /// A running server's or broker's MQTT address. Repeat for several.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:1883")]
-    pub mqtt: String,
-    /// Process of a running server, for its CPU and memory. Repeat for several.
-    #[arg(long, value_name = "PID", requires = "url")]
-    pub server_pid: Vec<u32>,
+    pub mqtt: Vec<String>,
+    /// Process of a running server, for its CPU and memory, with those it started. Repeat for several; with a name before
+    /// it, such as postgres=4711, its CPU is told apart.
+    #[arg(long, value_name = "[NAME=]PID", requires = "url", value_parser = process)]
+    pub server_pid: Vec<(String, u32)>,
     /// Start a server for the measurement. The default without --url.
     #[arg(long)]
     pub spawn: bool,

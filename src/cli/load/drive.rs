@@ -16,7 +16,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::{
     Error, http,
-    machine::Usage,
+    machine::{Group, Usage},
     mqtt,
     record::{Progress, Record, Window},
     report::{Figure, to_f64},
@@ -59,8 +59,8 @@ impl Span {
 pub struct Load {
     /// What it is called in the figures; empty when it is the only one.
     pub name: &'static str,
-    /// Where to.
-    pub addr: SocketAddr,
+    /// Where to: connections take turns.
+    pub addrs: Vec<SocketAddr>,
     /// Connections.
     pub connections: usize,
     /// Generator threads.
@@ -141,20 +141,33 @@ pub struct Outcome {
     pub window: Duration,
     /// What the server used within it; its memory and threads at its end.
     pub server: Usage,
+    /// The same of each part of it.
+    pub parts: Vec<(String, Usage)>,
     /// What the generator itself used within it.
     pub generator: Usage,
     /// Whether it was ended early.
     pub interrupted: bool,
 }
 
-/// Runs loads side by side and measures the server processes `pids` meanwhile.
+impl Load {
+    /// Where a connection goes.
+    ///
+    /// # Errors
+    /// When there is no address.
+    pub fn addr(&self, connection: usize) -> Result<SocketAddr, Error> {
+        let at = connection.checked_rem(self.addrs.len()).and_then(|at| self.addrs.get(at));
+        at.copied().ok_or_else(|| Error::Argument("an address is missing".into()))
+    }
+}
+
+/// Runs loads side by side and measures the server's processes meanwhile.
 ///
 /// # Errors
 /// When connections cannot be made at the start. What fails later is counted.
 pub async fn drive(
     loads: &[Load],
     span: Span,
-    pids: &[u32],
+    server: &[Group],
     progress: &Arc<Progress>,
     label: &str,
 ) -> Result<Outcome, Error> {
@@ -192,7 +205,7 @@ pub async fn drive(
     let begin = Instant::now() + Duration::from_millis(20);
     let _ = start.send(Some(begin));
     let mut outcome = Outcome { records: loads.iter().map(|_| Record::default()).collect(), ..Outcome::default() };
-    watch_window(&mut outcome, begin, span, pids, progress, label, &mut results, threads).await;
+    watch_window(&mut outcome, begin, span, server, progress, label, &mut results, threads).await;
     outcome.interrupted = progress.stopped();
     Ok(outcome)
 }
@@ -220,17 +233,18 @@ async fn watch_window(
     outcome: &mut Outcome,
     begin: Instant,
     span: Span,
-    pids: &[u32],
+    server: &[Group],
     progress: &Progress,
     label: &str,
     results: &mut mpsc::Receiver<(usize, Record)>,
     mut threads: usize,
 ) {
     let own = [std::process::id()];
+    let look = || -> Vec<Usage> { server.iter().map(|group| Usage::of_families(&group.pids)).collect() };
     let bar = bar(label, span);
     let open = begin + span.warmup;
     let close = span.duration.map(|d| open + d);
-    let mut opened: Option<(Instant, u64, Usage, Usage)> = None;
+    let mut opened: Option<(Instant, u64, Vec<Usage>, Usage)> = None;
     let mut closed = false;
     while threads > 0 {
         let edge = if opened.is_none() { Some(open) } else { close.filter(|_| !closed) };
@@ -250,18 +264,20 @@ async fn watch_window(
         }
         let now = Instant::now();
         if opened.is_none() && now >= open {
-            opened = Some((now, progress.done(), Usage::of(pids), Usage::of(&own)));
+            opened = Some((now, progress.done(), look(), Usage::of(&own)));
         }
         let over = threads == 0 || close.is_some_and(|c| now >= c) || (progress.stopped() && opened.is_some());
-        if let Some((since, done, server, generator)) = opened
+        if let Some((since, done, before, generator)) = &opened
             && over
             && !closed
         {
             closed = true;
-            outcome.window = now - since;
+            outcome.window = now - *since;
             outcome.done = progress.done() - done;
-            outcome.server = Usage::of(pids).since(server);
-            outcome.generator = Usage::of(&own).since(generator);
+            let used = look().into_iter().zip(before).map(|(usage, before)| usage.since(*before));
+            outcome.parts = server.iter().map(|group| group.name.clone()).zip(used).collect();
+            outcome.server = outcome.parts.iter().fold(Usage::default(), |sum, (_, usage)| sum.and(*usage));
+            outcome.generator = Usage::of(&own).since(*generator);
         }
         show(&bar, begin, span, progress);
     }
@@ -319,6 +335,12 @@ impl Outcome {
         let per_1k = |n: u64| to_f64(n) * 1000.0 / to_f64(self.done.max(1));
         if measured {
             out.push(Figure::new("server CPU / 1k op", "ms", self.cpu_per_1k()));
+        }
+        if self.parts.len() > 1 {
+            let part = |(name, usage): &(String, Usage)| {
+                Figure::new(format!("CPU of {name} / 1k op"), "ms", per_1k(usage.cpu_ms))
+            };
+            out.extend(self.parts.iter().map(part));
         }
         out.push(Figure::new("throughput", "op/s", self.throughput()));
         for (load, record) in loads.iter().zip(&self.records) {

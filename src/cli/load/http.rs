@@ -18,7 +18,7 @@ use tokio::sync::Notify;
 
 use super::{
     Error,
-    drive::{Orders, Pace, Plan},
+    drive::{Load, Orders, Pace, Plan},
     record::{Entry, Record},
     schedule::Schedule,
     wire::http::Connection,
@@ -49,16 +49,20 @@ pub trait Job {
 /// Makes the job of a connection, by its number.
 pub type MakeJob = dyn Fn(usize) -> Box<dyn Job> + Send + Sync;
 
+async fn connect(load: &Load, number: usize) -> Result<Connection, Error> {
+    let addr = load.addr(number)?;
+    Connection::connect(addr).await.map_err(|error| Error::io(format!("connecting to {addr}"), error))
+}
+
 /// Runs one thread's connections to the end of the plan.
 pub async fn run(mut orders: Orders, make: Arc<MakeJob>) -> Record {
     let mut connections = Vec::with_capacity(orders.connections.len());
-    let addr = orders.load.addr;
     let mut standing = Ok(());
-    for _ in orders.connections.clone() {
-        match Connection::connect(addr).await {
+    for number in orders.connections.clone() {
+        match connect(&orders.load, number).await {
             Ok(connection) => connections.push(connection),
             Err(error) => {
-                standing = Err(Error::io(format!("connecting to {addr}"), error));
+                standing = Err(error);
                 break;
             }
         }
@@ -70,7 +74,7 @@ pub async fn run(mut orders: Orders, make: Arc<MakeJob>) -> Record {
         .zip(connections)
         .map(|(number, connection)| {
             let lane = lane.clone();
-            tokio::task::spawn_local(lane.work(connection, make(number)))
+            tokio::task::spawn_local(lane.work(number, connection, make(number)))
         })
         .collect();
     let ticker = tokio::task::spawn_local(lane.clone().tick());
@@ -182,11 +186,11 @@ impl Lane {
         (!stop).then_some(due)
     }
 
-    async fn work(self: Rc<Self>, connection: Connection, mut job: Box<dyn Job>) {
+    async fn work(self: Rc<Self>, number: usize, connection: Connection, mut job: Box<dyn Job>) {
         let mut connection = Some(connection);
         while let Some(due) = self.turn().await {
             if connection.is_none() {
-                connection = self.connect_again().await;
+                connection = self.connect_again(number).await;
             }
             let Some(open) = connection.as_mut() else { break };
             let Some(request) = job.next() else { break };
@@ -216,7 +220,7 @@ impl Lane {
         self.record.borrow_mut().log.append(&mut job.take_log());
     }
 
-    async fn connect_again(&self) -> Option<Connection> {
+    async fn connect_again(&self, number: usize) -> Option<Connection> {
         for attempt in 0..RECONNECTS {
             if attempt > 0 {
                 tokio::time::sleep(RECONNECT_PAUSE).await;
@@ -224,7 +228,7 @@ impl Lane {
             if self.orders.progress.stopped() {
                 return None;
             }
-            match Connection::connect(self.orders.load.addr).await {
+            match connect(&self.orders.load, number).await {
                 Ok(connection) => return Some(connection),
                 Err(error) => self.record.borrow_mut().fail(error),
             }

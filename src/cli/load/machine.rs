@@ -92,15 +92,74 @@ pub struct Usage {
     pub switches: u64,
 }
 
+/// Processes that are measured together, under one name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Group {
+    /// What they are.
+    pub name: String,
+    /// Their ids.
+    pub pids: Vec<u32>,
+}
+
+impl Group {
+    /// Puts together what has the same name, in the order of the first of each.
+    pub fn all(processes: &[(String, u32)]) -> Vec<Self> {
+        let mut groups: Vec<Self> = Vec::new();
+        for (name, pid) in processes {
+            match groups.iter_mut().find(|group| group.name == *name) {
+                Some(group) => group.pids.push(*pid),
+                None => groups.push(Self { name: name.clone(), pids: vec![*pid] }),
+            }
+        }
+        groups
+    }
+}
+
+/// Every process and who started it.
+fn parents() -> Vec<(u32, u32)> {
+    let Ok(all) = fs::read_dir("/proc") else { return Vec::new() };
+    let pids = all.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    pids.filter_map(|pid| Some((pid, parse_parent(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)?))).collect()
+}
+
+fn parse_parent(stat: &str) -> Option<u32> {
+    // The name may hold blanks and brackets.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// Some processes and all that descend from them, each once.
+fn families(pids: &[u32], parents: &[(u32, u32)]) -> Vec<u32> {
+    let mut all = pids.to_vec();
+    let mut at = 0;
+    while let Some(&pid) = all.get(at) {
+        let children = parents.iter().filter(|(child, parent)| *parent == pid && !all.contains(child));
+        let children: Vec<u32> = children.map(|(child, _)| *child).collect();
+        all.extend(children);
+        at += 1;
+    }
+    all
+}
+
 impl Usage {
     /// Looks at some processes; those that are gone count nothing.
     pub fn of(pids: &[u32]) -> Self {
-        pids.iter().filter_map(|&pid| Self::of_one(pid)).fold(Self::default(), |sum, one| Self {
-            cpu_ms: sum.cpu_ms + one.cpu_ms,
-            rss_kib: sum.rss_kib + one.rss_kib,
-            threads: sum.threads + one.threads,
-            switches: sum.switches + one.switches,
-        })
+        pids.iter().filter_map(|&pid| Self::of_one(pid)).fold(Self::default(), Self::and)
+    }
+
+    /// Two together.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self {
+            cpu_ms: self.cpu_ms + other.cpu_ms,
+            rss_kib: self.rss_kib + other.rss_kib,
+            threads: self.threads + other.threads,
+            switches: self.switches + other.switches,
+        }
+    }
+
+    /// Looks at processes and all that they started.
+    pub fn of_families(pids: &[u32]) -> Self {
+        Self::of(&families(pids, &parents()))
     }
 
     fn of_one(pid: u32) -> Option<Self> {
@@ -164,6 +223,15 @@ mod tests {
         let usage = Usage::of(&[std::process::id()]);
         assert!(usage.rss_kib > 0 && usage.threads > 0, "{usage:?}");
         assert_eq!(Usage::of(&[u32::MAX]), Usage::default());
+    }
+
+    #[test]
+    fn a_family_is_everything_a_process_started() {
+        assert_eq!(families(&[10], &[(11, 10), (12, 11), (13, 1), (10, 1)]), [10, 11, 12]);
+        assert_eq!(parse_parent("12 (post (gres) 1) S 10 12 12 0"), Some(10));
+        let named = |name: &str, pid| (name.to_owned(), pid);
+        let groups = Group::all(&[named("server", 1), named("redis", 2), named("server", 3)]);
+        assert_eq!(groups.iter().map(|group| group.pids.as_slice()).collect::<Vec<_>>(), [&[1, 3][..], &[2]]);
     }
 
     #[test]

@@ -142,7 +142,7 @@ fn refused(what: &str, reason: u8) -> io::Error {
 
 impl Wire {
     async fn open(orders: &Orders, devices: &Devices, number: usize) -> io::Result<Self> {
-        let stream = TcpStream::connect(orders.load.addr).await?;
+        let stream = TcpStream::connect(orders.load.addr(number).map_err(io::Error::other)?).await?;
         stream.set_nodelay(true)?;
         let mut wire = Self { stream, buffer: vec![0; 16 * 1024], filled: 0, receive_maximum: u16::MAX };
         let client_id = format!("{}-{number}", devices.nonce);

@@ -21,7 +21,7 @@ use tokio::{
     process::{Child, Command},
 };
 
-use super::{Error, wire::http::Connection};
+use super::{Error, machine::Group, wire::http::Connection};
 
 /// Longest wait for a server to be ready.
 const START_DEADLINE: Duration = Duration::from_secs(60);
@@ -136,6 +136,11 @@ fn tail(path: &Path) -> String {
 }
 
 impl Server {
+    /// Its process, to be measured.
+    pub fn group(&self) -> Group {
+        Group { name: "server".into(), pids: vec![self.pid] }
+    }
+
     /// Asks the server to stop; how long it took.
     ///
     /// # Errors

@@ -26,7 +26,7 @@ const ACTIVATIONS: &str = crate::telemetry::metric::ACTIVATIONS;
 impl Bench<'_> {
     /// Creates the instances, then restarts the server for each run.
     pub(super) async fn activation(&mut self) -> Result<Machine, Error> {
-        if self.args.url.is_some() {
+        if !self.args.url.is_empty() {
             return Err(Error::Argument("activation restarts the server: leave --url away".into()));
         }
         let mut target = self.target().await?;
@@ -93,8 +93,8 @@ impl Bench<'_> {
         let body = stimulus_body("touch", false, self.payload());
         let make =
             move |_| -> Box<dyn Job> { Box::new(Post::new(&address, &body, 0, Choice::EachOnce(deal.clone()), false)) };
-        let load: Load = self.http_load(server.http, connections, Pace::Closed, self.args.seed, Arc::new(make));
-        let outcome = drive::drive(&[load], Span::UNTIL_DONE, &[server.pid], &self.progress(), label).await?;
+        let load: Load = self.http_load(&[server.http], connections, Pace::Closed, self.args.seed, Arc::new(make));
+        let outcome = drive::drive(&[load], Span::UNTIL_DONE, &[server.group()], &self.progress(), label).await?;
         let trouble = outcome.records.iter().flat_map(|r| r.trouble()).map(|f| format!("{}: {}", f.name, f.value));
         let trouble: Vec<String> = trouble.collect();
         match trouble.is_empty() || self.stopped() {

@@ -34,7 +34,7 @@ impl Bench<'_> {
         let reads = args.scenario == Scenario::ReadState;
         let size = if reads { self.state_bytes(node).await? } else { self.payload() };
         // The folder of a server started here is the same one, and goes with that server.
-        let folder = Folder::new(args.data_dir.as_deref(), args.url.is_none())?;
+        let folder = Folder::new(args.data_dir.as_deref(), args.url.is_empty())?;
         let mut server = Recipe::ceiling(self.program()?, folder.path().join("ceiling.log"), size).start().await?;
         let host = server.http;
         let make: Arc<MakeJob> = Arc::new(move |_| -> Box<dyn Job> {
@@ -44,8 +44,8 @@ impl Bench<'_> {
             };
             Box::new(Same(request(method, &Template::default().text("/"), host, "", &body)))
         });
-        let load = self.http_load(host, args.connections(), pace, args.seed, make);
-        let outcome = drive::drive(&[load], self.span(), &[server.pid], &self.progress(), "ceiling").await?;
+        let load = self.http_load(&[host], args.connections(), pace, args.seed, make);
+        let outcome = drive::drive(&[load], self.span(), &[server.group()], &self.progress(), "ceiling").await?;
         server.stop(STOP_LIMIT).await?;
         Ok(outcome)
     }

@@ -27,7 +27,7 @@ const ACTIVE: &str = crate::telemetry::metric::ACTIVE;
 impl Bench<'_> {
     /// Starts a fresh server for each run.
     pub(super) async fn idle_memory(&mut self) -> Result<Machine, Error> {
-        if self.args.url.is_some() {
+        if !self.args.url.is_empty() {
             return Err(Error::Argument("idle-memory needs a server of its own: leave --url away".into()));
         }
         let folder = self.folder()?;

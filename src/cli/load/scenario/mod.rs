@@ -21,7 +21,7 @@ use super::{
     history::{self, Logs},
     http::{Job, MakeJob},
     job::{Address, Choice, Deal, PREFIX, Post, Repeat, stimulus_body},
-    machine::Machine,
+    machine::{Group, Machine},
     record::Progress,
     report::{Figure, Report, build, rows},
     schedule::Random,
@@ -55,9 +55,13 @@ struct Target {
     // Before the folder: the server ends first.
     server: Option<Server>,
     folder: Option<Folder>,
+    /// The node that is asked what is the same at all of them.
     http: SocketAddr,
-    mqtt: SocketAddr,
-    pids: Vec<u32>,
+    /// All nodes.
+    nodes: Vec<SocketAddr>,
+    /// Where devices connect.
+    mqtt: Vec<SocketAddr>,
+    processes: Vec<Group>,
 }
 
 /// Measures what the flags say.
@@ -95,6 +99,14 @@ pub async fn run(args: &Args, stop: Arc<AtomicBool>) -> Result<Report, Error> {
         verdict,
         interrupted: bench.stop.load(Ordering::Relaxed),
     })
+}
+
+async fn addresses(names: &[String]) -> Result<Vec<SocketAddr>, Error> {
+    let mut all = Vec::with_capacity(names.len());
+    for name in names {
+        all.push(address(name).await.map_err(Error::Argument)?);
+    }
+    Ok(all)
 }
 
 impl Bench<'_> {
@@ -160,16 +172,16 @@ impl Bench<'_> {
 
     /// The running server that was named, or a new one.
     async fn target(&self) -> Result<Target, Error> {
-        if let Some(url) = &self.args.url {
-            let http = address(url).await.map_err(Error::Argument)?;
-            let mqtt = address(&self.args.mqtt).await.map_err(Error::Argument)?;
-            return Ok(Target { server: None, folder: None, http, mqtt, pids: self.args.server_pid.clone() });
+        let nodes = addresses(&self.args.url).await?;
+        if let Some(&http) = nodes.first() {
+            let (mqtt, processes) = (addresses(&self.args.mqtt).await?, Group::all(&self.args.server_pid));
+            return Ok(Target { server: None, folder: None, http, nodes, mqtt, processes });
         }
         let folder = self.folder()?;
         let server = self.recipe(folder.path(), "data", &[])?.start().await?;
-        let (http, pids) = (server.http, vec![server.pid]);
-        let mqtt = server.mqtt.unwrap_or(http);
-        Ok(Target { server: Some(server), folder: Some(folder), http, mqtt, pids })
+        let (http, processes) = (server.http, vec![server.group()]);
+        let mqtt = vec![server.mqtt.unwrap_or(http)];
+        Ok(Target { server: Some(server), folder: Some(folder), http, nodes: vec![http], mqtt, processes })
     }
 
     /// The box, and the disk below the target's data when that is known.
@@ -180,10 +192,10 @@ impl Bench<'_> {
     }
 
     /// A load over HTTP.
-    fn http_load(&self, addr: SocketAddr, connections: usize, pace: Pace, seed: u64, make: Arc<MakeJob>) -> Load {
+    fn http_load(&self, to: &[SocketAddr], connections: usize, pace: Pace, seed: u64, make: Arc<MakeJob>) -> Load {
         Load {
             name: "",
-            addr,
+            addrs: to.to_vec(),
             connections,
             threads: self.args.threads(),
             pace,
@@ -195,7 +207,7 @@ impl Bench<'_> {
 
     /// Runs jobs that end on their own, all connections busy, and insists that each operation succeeds.
     async fn prepare(&self, addr: SocketAddr, what: &str, make: Arc<MakeJob>) -> Result<Outcome, Error> {
-        let load = self.http_load(addr, PREPARING_CONNECTIONS, Pace::Closed, self.args.seed, make);
+        let load = self.http_load(&[addr], PREPARING_CONNECTIONS, Pace::Closed, self.args.seed, make);
         let outcome = drive::drive(&[load], Span::UNTIL_DONE, &[], &self.progress(), what).await?;
         let record = outcome.records.first();
         let refused = record.map_or(0, |r| r.refused.values().sum::<u64>() + r.failed);

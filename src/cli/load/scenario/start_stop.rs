@@ -17,7 +17,7 @@ use super::{
 impl Bench<'_> {
     /// A fresh folder for each run.
     pub(super) async fn start_stop(&mut self) -> Result<(Option<Verdict>, Machine), Error> {
-        if self.args.url.is_some() {
+        if !self.args.url.is_empty() {
             return Err(Error::Argument("start-stop needs a server of its own: leave --url away".into()));
         }
         let folder = self.folder()?;
@@ -42,7 +42,7 @@ impl Bench<'_> {
         self.put_profiles(server.http, 0..self.args.instances()).await?;
 
         let make = self.posts(server.http, &self.nonce(run), true, true);
-        let load = self.http_load(server.http, self.args.connections(), self.pace(), self.args.seed, make);
+        let load = self.http_load(&[server.http], self.args.connections(), self.pace(), self.args.seed, make);
         let span = Span { grace: Duration::from_secs(2), ..self.span() };
         // The load goes on for the whole window; the server is asked to stop in the middle of it.
         let middle = span.warmup + self.args.duration / 2;

@@ -118,7 +118,7 @@ impl Bench<'_> {
                     let choice = Choice::Uniform { random: Random::new(seed, number as u64), instances };
                     Box::new(Repeat::read_state(&address, choice))
                 });
-                vec![self.http_load(target.http, args.connections(), pace, seed, make)]
+                vec![self.http_load(&target.nodes, args.connections(), pace, seed, make)]
             }
             _ => vec![self.posting(target, pace, seed, run)],
         }
@@ -127,7 +127,7 @@ impl Bench<'_> {
     fn posting(&self, target: &Target, pace: Pace, seed: u64, run: u32) -> Load {
         let args = self.args;
         let make = self.posts(target.http, &self.nonce(run), args.ids || args.keeps_log(), args.keeps_log());
-        self.http_load(target.http, args.connections(), pace, seed, make)
+        self.http_load(&target.nodes, args.connections(), pace, seed, make)
     }
 
     fn devices(&self, target: &Target, pace: Pace, seed: u64, run: u32) -> Load {
@@ -147,7 +147,7 @@ impl Bench<'_> {
         };
         Load {
             name: "",
-            addr: target.mqtt,
+            addrs: target.mqtt.clone(),
             connections: args.connections(),
             threads: args.threads(),
             pace,
@@ -160,7 +160,7 @@ impl Bench<'_> {
     async fn measure(&mut self, target: &Target, pace: Pace, run: u32, logs: &mut Logs) -> Result<Vec<Figure>, Error> {
         let loads = self.loads(target, pace, run);
         let label = format!("run {} of {}", run + 1, self.args.runs);
-        let mut outcome = drive::drive(&loads, self.span(), &target.pids, &self.progress(), &label).await?;
+        let mut outcome = drive::drive(&loads, self.span(), &target.processes, &self.progress(), &label).await?;
         for record in &mut outcome.records {
             let log = std::mem::take(&mut record.log);
             if !log.is_empty() {
@@ -170,7 +170,7 @@ impl Bench<'_> {
                 self.notes.push(format!("run {}: first failure: {failure}", run + 1));
             }
         }
-        Ok(outcome.figures(&loads, !target.pids.is_empty()))
+        Ok(outcome.figures(&loads, !target.processes.is_empty()))
     }
 
     /// Finds the rate to measure at.
@@ -192,7 +192,7 @@ impl Bench<'_> {
             let loads = self.loads(target, pace(rate), step);
             step += 1;
             let label = format!("ramp, {} op/s", human(rate));
-            let outcome = drive::drive(&loads, span, &target.pids, &self.progress(), &label).await?;
+            let outcome = drive::drive(&loads, span, &target.processes, &self.progress(), &label).await?;
             let within = outcome.records.iter().all(|record| {
                 let clean = record.failed == 0 && record.unanswered == 0 && record.refused.is_empty();
                 clean && record.latency.ms(0.99) <= self.args.p99_ms
