@@ -27,6 +27,7 @@ use crate::{
         mqtt::{
             embedded::{self, Broker},
             external::{self, Link},
+            roam,
         },
     },
     instance::{Until, environment::Environment},
@@ -36,6 +37,7 @@ use crate::{
         memory::MemoryStore,
         ownership::{Alone, Ownership},
         postgres::{self, PostgresStore},
+        roaming::Roaming,
         sqlite::{Options, SqliteStore},
     },
     telemetry::prometheus,
@@ -210,7 +212,7 @@ impl Node {
             .map(Edge::new)
             .map_err(part)?;
 
-        let (store, ownership) = open_store(config, &clock, &edge.handle).await?;
+        let (store, ownership, roaming) = open_store(config, &clock, &edge.handle).await?;
         let environment = Environment::new(config, store.clone(), clock.clone()).map_err(part)?;
         let count = if config.node.arbiters == 0 { cores } else { config.node.arbiters };
         let arbiters: Vec<_> = (0..count).map(|_| Arbiter::new()).collect();
@@ -242,6 +244,7 @@ impl Node {
                     clock: clock.clone(),
                     drain: drain.clone(),
                     handle: edge.handle.clone(),
+                    turn: Some(external::Turn { scope: member.scope(), cluster: config.cluster.name.clone() }),
                 };
                 Door::External(Link::start(parts).map_err(part)?)
             }
@@ -254,9 +257,13 @@ impl Node {
                     clock: clock.clone(),
                     drain: drain.clone(),
                     handle: edge.handle.clone(),
+                    roam: roaming.map(|sessions| roam::Parts { sessions, bus: member.forwarder().bus().clone() }),
                 };
                 let sockets = embedded::Listeners { plain: listeners.mqtt, tls: listeners.mqtts };
-                Door::Embedded(Broker::start(parts, sockets).await.map_err(part)?)
+                let broker = Broker::start(parts, sockets).await.map_err(part)?;
+                let hears = broker.clone();
+                member.on_relay(move |from, relay| hears.hear(from, &relay));
+                Door::Embedded(broker)
             }
         };
         let publisher: Option<Arc<dyn Publisher>> = match &door {
@@ -383,12 +390,12 @@ fn member_checks(member: &Member) -> Vec<http::Check> {
     ]
 }
 
-/// A store, and who keeps account of its shards' owners.
-type Opened = (Arc<dyn Store>, Arc<dyn Ownership>);
+/// A store, who keeps account of its shards' owners, and of MQTT sessions, where several nodes may use it.
+type Opened = (Arc<dyn Store>, Arc<dyn Ownership>, Option<Arc<dyn Roaming>>);
 
 async fn open_store(config: &Config, clock: &Clock, handle: &tokio::runtime::Handle) -> Result<Opened, Error> {
     match config.store.backend {
-        Backend::Memory => Ok((Arc::new(MemoryStore::new()), Arc::new(Alone::default()))),
+        Backend::Memory => Ok((Arc::new(MemoryStore::new()), Arc::new(Alone::default()), None)),
         Backend::Postgres => {
             let options = postgres::Options {
                 #[cfg(feature = "faults")]
@@ -401,7 +408,7 @@ async fn open_store(config: &Config, clock: &Clock, handle: &tokio::runtime::Han
             };
             let (shards, handle) = (config.cluster.shards, handle.clone());
             let store = PostgresStore::open_with(&config.store, shards, clock.clone(), handle, options).await?;
-            Ok((store.clone(), store))
+            Ok((store.clone(), store.clone(), Some(store)))
         }
         Backend::Sqlite => {
             let path = &config.node.data_dir;
@@ -414,7 +421,7 @@ async fn open_store(config: &Config, clock: &Clock, handle: &tokio::runtime::Han
                 ..Options::default()
             };
             let store = SqliteStore::open_with(path, &config.store, clock.clone(), options)?;
-            Ok((store, Arc::new(Alone::default())))
+            Ok((store, Arc::new(Alone::default()), None))
         }
     }
 }

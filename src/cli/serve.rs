@@ -124,12 +124,6 @@ impl Signals {
 
 /// Settings that are fine and that somebody may regret.
 fn warn(config: &Config) {
-    if config.store.backend == Backend::Postgres && config.mqtt.mode == MqttMode::Embedded {
-        tracing::warn!(
-            "sessions, queues and subscriptions of the embedded MQTT listener are this node's own: \
-             with more than one node, set mqtt.mode to \"external\" or \"off\""
-        );
-    }
     match (config.store.backend, config.store.durability) {
         (Backend::Memory, _) => tracing::warn!("store.backend is \"memory\": nothing survives the end of this process"),
         (Backend::Sqlite | Backend::Postgres, Durability::Full) => {}

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use super::{
     PROTOCOL,
     balancer::{self, Balancer},
-    bus::{self, Message},
+    bus::{self, Message, message::Relay},
     forward::{self, Forwarder, Local, Owner, Owners},
     gauge::Gauge,
     lease::Terms,
@@ -114,7 +114,11 @@ pub struct Member {
     operations: Operations,
     balancer: Balancer,
     scope: watch::Receiver<Scope>,
+    relays: Arc<OnceLock<Hears>>,
 }
+
+/// Who hears what doors of other nodes relay to the same door here. Must not block.
+type Hears = Box<dyn Fn(NodeId, Relay) + Send + Sync>;
 
 impl Member {
     /// Joins, and returns when this node has what it gets at once: everything, if it is alone.
@@ -195,12 +199,19 @@ impl Member {
         let _ = map.membership.set(membership.clone());
         let watches = Watches::start(&environment.hub, &forwarder, &drain, &handle);
         let (hears, watching, weighs) = (membership.clone(), watches.clone(), balancer.clone());
+        let relays = Arc::new(OnceLock::<Hears>::new());
+        let door = relays.clone();
         let news = Box::new(move |from: NodeId, message: Message| match watching.hear(from.clone(), message) {
             Err(Message::Load(load)) => {
                 weighs.hear(from, load, Duration::ZERO);
                 hears.look();
             }
             Err(Message::Report(load)) => weighs.hear(from, load, Duration::ZERO),
+            Err(Message::Relay(relay)) => {
+                if let Some(hear) = door.get() {
+                    hear(from, relay);
+                }
+            }
             _ => {}
         });
         forwarder.serve(inlet, Arc::new(Local::new(shards, environment, news)), &drain);
@@ -213,6 +224,7 @@ impl Member {
             operations: Operations::new(ownership, node, balancer.clone()),
             balancer,
             scope: owned,
+            relays,
         })
     }
 
@@ -234,6 +246,11 @@ impl Member {
     /// Who is how busy, and where work goes that any node may do.
     pub const fn balancer(&self) -> &Balancer {
         &self.balancer
+    }
+
+    /// Who hears what doors of other nodes relay. The first one stays; it must not block.
+    pub fn on_relay(&self, hear: impl Fn(NodeId, Relay) + Send + Sync + 'static) {
+        let _ = self.relays.set(Box::new(hear));
     }
 
     /// The shards that are here, and news of them.

@@ -10,7 +10,7 @@ use std::{
 
 use secrecy::ExposeSecret;
 
-use super::{Auth, Backend, Cognition, Config, Delivery, Mqtt, MqttMode, PostgresTls, Redis, Store};
+use super::{Auth, Backend, Cognition, Config, Delivery, Mqtt, MqttMode, PostgresTls, Readers, Redis, Store};
 use crate::types::{
     InstanceId,
     limits::{MAX_BUS_MESSAGE_BYTES, MAX_ID_BYTES},
@@ -228,6 +228,12 @@ fn mqtt(mqtt: &Mqtt, has_env: &dyn Fn(&str) -> bool, found: &mut Findings) {
                 found.add(&["mqtt", "url"], message);
             }
             variable(&["mqtt", "password_env"], &mqtt.password_env, has_env, found);
+            if mqtt.readers == Readers::One && !mqtt.share_group.is_empty() {
+                found.add(
+                    &["mqtt", "share_group"],
+                    "one reader needs no group: leave it empty, or set readers to \"all\"",
+                );
+            }
         }
     }
     if has_credentials(&mqtt.url) {

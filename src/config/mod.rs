@@ -125,6 +125,16 @@ pub enum MqttMode {
     Off,
 }
 
+/// Who of several nodes takes messages from an external broker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Readers {
+    /// Each node, under a session of its own.
+    All,
+    /// One at a time, under a session of the cluster's.
+    One,
+}
+
 /// `[mqtt]`
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -174,6 +184,8 @@ pub struct Mqtt {
     /// External: shared subscription group; empty = a plain subscription.
     #[serde(default)]
     pub share_group: String,
+    /// External: who of several nodes takes messages from the broker.
+    pub readers: Readers,
 }
 
 /// Where the truth is kept.

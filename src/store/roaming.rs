@@ -102,8 +102,10 @@ pub struct Sign<'a> {
 pub trait Roaming: Send + Sync + 'static {
     /// Who has a session, if it is there.
     async fn holder(&self, seat: &Seat) -> Result<Option<Holder>, Error>;
-    /// Takes a session for a node, whoever has it. When there is none, it makes a place for one if `create`.
-    async fn claim(&self, seat: &Seat, node: &NodeId, create: bool) -> Result<Option<Taken>, Error>;
+    /// Takes a session for a node from the one that has it under this hold. `None` when somebody else took it meanwhile.
+    async fn claim(&self, seat: &Seat, node: &NodeId, hold: u64) -> Result<Option<Taken>, Error>;
+    /// Makes a place for a session, with an empty record. `None` when there is one.
+    async fn found(&self, seat: &Seat, node: &NodeId) -> Result<Option<Taken>, Error>;
     /// Takes sessions of these nodes, as far as they do not live, at most `limit`.
     async fn adopt(&self, from: &[String], node: &NodeId, limit: usize) -> Result<Vec<Taken>, Error>;
     /// Which of these nodes do not live.

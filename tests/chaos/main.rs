@@ -106,9 +106,7 @@ async fn survives(mut world: World, shape: Shape, seed: u64, faults: Vec<Fault>)
     keep_evidence(&verdict, &log, seed);
     assert_eq!(violations(&verdict), 0, "seed {seed}: {verdict:#}");
     assert_eq!(load.book().surprises(), Vec::<String>::new(), "seed {seed}");
-    // Today a node knows the sessions that were in the store when it started, not those made at another node since.
-    let forgotten = if world.terrain().nodes == 1 { load.book().forgotten_sessions() } else { 0 };
-    assert_eq!(forgotten, 0, "seed {seed}: a device's session was forgotten");
+    assert_eq!(load.book().forgotten_sessions(), 0, "seed {seed}: a device's session was forgotten");
     assert!(verdict["acked"].as_u64().unwrap() >= BETWEEN * faults.len() as u64, "{verdict:#}");
 
     // What was shown was on disk, not only in memory.

@@ -22,6 +22,7 @@ mod instance;
 mod load;
 mod membership;
 mod mqtt;
+mod mqtt_cluster;
 mod mqtt_external;
 mod overload;
 mod ownership_contract;

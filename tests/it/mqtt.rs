@@ -5,7 +5,7 @@
 mod door;
 mod hostile;
 mod node;
-mod raw;
+pub mod raw;
 
 use std::time::Duration;
 

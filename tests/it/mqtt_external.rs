@@ -28,10 +28,15 @@ use sophont::{
 };
 use tokio::sync::watch;
 
-use crate::support::{
-    self, Mosquitto, PATIENCE,
-    mosquitto::{Subscriber, publish},
-    wait_until,
+use crate::{
+    mqtt::raw::{Hello, Raw},
+    support::{
+        self, Mosquitto, PATIENCE,
+        cluster::Cluster,
+        http::echo,
+        mosquitto::{Subscriber, publish},
+        wait_until,
+    },
 };
 
 /// Instances, as far as a door sees them.
@@ -132,6 +137,7 @@ fn parts(world: &Arc<World>, config: sophont::config::Mqtt) -> (Parts, Drain) {
         clock: Clock::System,
         drain: drain.clone(),
         handle: tokio::runtime::Handle::current(),
+        turn: None,
     };
     (parts, drain)
 }
@@ -614,4 +620,88 @@ async fn a_real_node_decides_behind_the_broker_and_loses_nothing_to_kill_9() {
     .await;
     node.term();
     assert!(node.wait_exit(PATIENCE).await.success());
+}
+
+/// Three nodes over PostgreSQL and Redis, each a client of the broker.
+async fn cluster(broker: &Mosquitto, settings: &str) -> Cluster {
+    let settings = format!("[mqtt]\nmode = \"external\"\nurl = \"mqtt://{}\"\n{settings}\n", broker.address());
+    let cluster = Cluster::build(3, true, |builder| builder.config(&settings).without_mqtt_listener()).await;
+    for instance in ["lamp", "door", "probe"] {
+        cluster.client(0).put_instance(instance, &echo()).await;
+    }
+    wait_until("somebody reads", PATIENCE, async || {
+        let probe = ["-q", "1", "-t", "sophont/default/probe/in/c", "-m", "probe"];
+        assert!(publish(broker.address(), &probe).await.status.success());
+        let turns = cluster.client(0).get("/v1/instances/probe/turns").await.expect(200);
+        turns["items"].as_array().is_some_and(|turns| !turns.is_empty())
+    })
+    .await;
+    cluster
+}
+
+/// A device that sends numbers as fast as it can: `act` happens after the first half.
+async fn pour(broker: &Mosquitto, instance: &str, count: u16, act: impl Future<Output = ()>) -> Vec<String> {
+    let (mut device, _) = Raw::connect(broker.address(), Hello::v3(instance)).await;
+    let topic = format!("sophont/default/{instance}/in/c");
+    let mut send = async |numbers: std::ops::RangeInclusive<u16>| {
+        for number in numbers.clone() {
+            device.publish(&topic, &number.to_string(), 1, number).await;
+        }
+        for number in numbers {
+            assert_eq!(device.ack(0x40).await, (number, 0));
+        }
+    };
+    send(1..=count / 2).await;
+    act.await;
+    send(count / 2 + 1..=count).await;
+    (1..=count).map(|number| number.to_string()).collect()
+}
+
+#[tokio::test]
+async fn one_reader_keeps_the_order_of_a_device_also_when_it_is_killed() {
+    // Without persistence the broker keeps its sessions all the same, as long as it runs.
+    let broker = Mosquitto::builder().config("max_queued_messages 0\nmax_inflight_messages 0").start().await;
+    let mut cluster = cluster(&broker, "readers = \"one\"").await;
+    let sent = pour(&broker, "lamp", 400, async {}).await;
+    assert_eq!(cluster.client(0).until_decided("lamp", sent.len()).await, sent, "as they were sent");
+
+    let first = |cluster: &Cluster| {
+        let client = cluster.client(1);
+        async move {
+            let shards = client.get("/v1/cluster/shards").await.expect(200);
+            let rows = shards["items"].as_array().cloned().unwrap_or_default();
+            let row = rows.into_iter().find(|row| row["shard"] == 0).expect("the first shard");
+            row["node"].as_str().expect("an owner").to_owned()
+        }
+    };
+    let reader = first(&cluster).await;
+    let number = (0..3).find(|number| reader.starts_with(&format!("n{number}"))).expect("a node of the cluster");
+    let killed = &mut cluster.nodes[number];
+    let sent = pour(&broker, "door", 400, async { killed.kill9().await }).await;
+    let asked = cluster.client(number + 1);
+    let decided = asked.until_decided("door", sent.len()).await;
+    assert_eq!(decided, sent, "each once, as they were sent, over a change of readers");
+}
+
+#[tokio::test]
+async fn a_group_of_nodes_takes_each_message_once_also_when_one_is_killed() {
+    let broker = Mosquitto::builder().config("max_queued_messages 0\nmax_inflight_messages 0").start().await;
+    let mut cluster = cluster(&broker, "share_group = \"nodes\"").await;
+    let replies =
+        Subscriber::start(broker.address(), &["-q", "1", "-t", "sophont/default/lamp/out/reply", "-F", "%p"]).await;
+    let owner = cluster.owner("lamp").await;
+    let victim = (owner + 1) % 3;
+    let killed = &mut cluster.nodes[victim];
+    let sent = pour(&broker, "lamp", 300, async { killed.kill9().await }).await;
+    // What the broker gave to the dead one waits for its return.
+    cluster.nodes[victim].start_again().await;
+    let mut decided = cluster.client(owner).until_decided("lamp", sent.len()).await;
+    decided.sort_by_key(|text| text.parse::<u16>().unwrap());
+    assert_eq!(decided, sent, "each once, by whichever node");
+    // The owner alone answers, once each.
+    let mut answered = replies.wait(sent.len()).await;
+    assert_eq!(answered.len(), sent.len());
+    answered.sort();
+    answered.dedup();
+    assert_eq!(answered.len(), sent.len());
 }

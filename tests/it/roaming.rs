@@ -73,12 +73,14 @@ async fn rows(store: &PostgresStore) -> Vec<String> {
 async fn who_took_a_session_last_writes_to_it() {
     let store = store().await;
     let (a, b) = (member(&store, "a").await, member(&store, "b").await);
-    assert_eq!(store.claim(&seat("c"), &a, false).await.unwrap(), None);
-    let first = store.claim(&seat("c"), &a, true).await.unwrap().unwrap();
+    assert_eq!(store.claim(&seat("c"), &a, 0).await.unwrap(), None);
+    let first = store.found(&seat("c"), &a).await.unwrap().unwrap();
+    assert_eq!(store.found(&seat("c"), &b).await.unwrap(), None, "there is one");
     write(&store, vec![put("c", first.hold, "of a"), enqueue(first.hold, 1, "one"), enqueue(first.hold, 2, "two")])
         .await;
 
-    let second = store.claim(&seat("c"), &b, true).await.unwrap().unwrap();
+    assert_eq!(store.claim(&seat("c"), &b, first.hold + 7).await.unwrap(), None, "somebody else took it");
+    let second = store.claim(&seat("c"), &b, first.hold).await.unwrap().unwrap();
     assert!(second.hold > first.hold);
     assert_eq!((&second.record[..], second.queue.len()), (&b"of a"[..], 2));
     let holder = store.holder(&seat("c")).await.unwrap();
@@ -111,7 +113,7 @@ async fn sessions_of_a_node_that_is_gone_are_adopted_and_everybody_hears_of_it()
     let (a, b) = (member(&store, "a").await, member(&store, "b").await);
     let mut since = store.changes(0).await.unwrap().until;
     for client in ["c", "d"] {
-        let taken = store.claim(&seat(client), &a, true).await.unwrap().unwrap();
+        let taken = store.found(&seat(client), &a).await.unwrap().unwrap();
         write(&store, vec![put(client, taken.hold, "x")]).await;
     }
     let mut heard = async |store: &PostgresStore| {

@@ -31,6 +31,7 @@ use super::{
     packet::code,
     record::{self, Message},
     registry::{Space, restore_item},
+    roam::{self, Roam},
     session::Session,
     tls,
     will::{self, Schedule},
@@ -105,6 +106,8 @@ pub struct Parts {
     pub drain: Drain,
     /// A multi-thread runtime; connection tasks run there.
     pub handle: Handle,
+    /// The other brokers, where several nodes use the store.
+    pub roam: Option<roam::Parts>,
 }
 
 /// Where the broker listens: bound sockets, handed in.
@@ -191,6 +194,8 @@ pub struct Broker {
     spaces: RwLock<HashMap<TenantId, Arc<Space>>>,
     connections: AtomicUsize,
     ended: Notify,
+    /// The other brokers, where several nodes use the store.
+    pub(super) roam: Option<Arc<Roam>>,
 }
 
 impl Broker {
@@ -209,6 +214,7 @@ impl Broker {
             parts.drain,
             parts.handle,
             listeners,
+            parts.roam,
         )
         .await
     }
@@ -227,7 +233,9 @@ impl Broker {
         drain: Drain,
         handle: Handle,
         listeners: Listeners,
+        roam: Option<roam::Parts>,
     ) -> Result<Arc<Self>, Error> {
+        let (roam, signs) = roam.map(Roam::new).unzip();
         let acceptor = match &listeners.tls {
             None => None,
             Some(_) => Some(tls::acceptor(config.tls_cert.as_deref(), config.tls_key.as_deref())?),
@@ -245,8 +253,16 @@ impl Broker {
             spaces: RwLock::default(),
             connections: AtomicUsize::new(0),
             ended: Notify::new(),
+            roam: roam.clone(),
         });
-        broker.restore(broker.store.mqtt_rows().await?)?;
+        if let (Some(roam), Some(signs)) = (roam, signs) {
+            let since = roam::follow::begin(&broker, &roam).await?;
+            handle.spawn(roam::follow::rows(broker.clone(), roam.clone(), since));
+            handle.spawn(roam::follow::mail(broker.clone(), roam.clone()));
+            handle.spawn(roam::follow::signs(broker.clone(), roam, signs));
+        } else {
+            broker.restore(broker.store.mqtt_rows().await?)?;
+        }
         let _inside = handle.enter();
         for (listener, acceptor) in [(listeners.plain, None), (listeners.tls, acceptor)] {
             if let Some(listener) = listener {
@@ -266,7 +282,17 @@ impl Broker {
             return space.clone();
         }
         let mut spaces = self.spaces.write().unwrap_or_else(PoisonError::into_inner);
-        spaces.entry(tenant.clone()).or_insert_with(|| Arc::new(Space::new(tenant.clone()))).clone()
+        spaces.entry(tenant.clone()).or_insert_with(|| Arc::new(Space::new(tenant.clone(), self.roam.clone()))).clone()
+    }
+
+    /// The spaces of all tenants.
+    pub(super) fn spaces(&self) -> Vec<Arc<Space>> {
+        self.spaces.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// Whoever waits for the end of the last connection looks again.
+    pub(super) fn look_at_end(&self) {
+        self.ended.notify_waiters();
     }
 
     /// Puts everything back as the store kept it. Nobody is connected now: what was connected is treated as lost just now.
@@ -357,7 +383,7 @@ impl Broker {
     pub async fn idle(&self) {
         loop {
             let ended = self.ended.notified();
-            if self.connections() == 0 {
+            if self.connections() == 0 && self.roam.as_ref().is_none_or(|roam| roam.unsigned() == 0) {
                 return;
             }
             ended.await;
@@ -400,9 +426,7 @@ impl Broker {
 
     async fn close_on_drain(self: Arc<Self>) {
         self.drain.draining().await;
-        let spaces: Vec<Arc<Space>> =
-            self.spaces.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
-        for session in spaces.iter().flat_map(|space| space.sessions()) {
+        for session in self.spaces().iter().flat_map(|space| space.sessions()) {
             let link = session.lock().link.clone();
             if let Some(link) = link {
                 link.close(code::SHUTTING_DOWN);
@@ -432,6 +456,13 @@ impl Broker {
         } else {
             None
         };
+        if let Some(roam) = self.roam.as_ref().filter(|_| retain.is_some()) {
+            // They are read in the store: there is nothing to keep here.
+            if roam.is_full(&space.tenant) && !message.payload.is_empty() {
+                return Err(Refusal::new(Reason::Quota, "the tenant keeps too many retained values"));
+            }
+            return self.hand_out(space, &message, from, retain);
+        }
         // Retained values of one topic reach store and memory in the same order: the lock is kept over both.
         let mut retained = retain.is_some().then(|| space.retained_mut());
         if let Some(retained) = &mut retained
@@ -439,8 +470,26 @@ impl Broker {
         {
             return Err(Refusal::new(Reason::Quota, "the tenant keeps too many retained values"));
         }
-        let mut routed = space.route(&message, from, self.config.max_queued).map_err(internal)?;
+        self.hand_out(space, &message, from, retain)
+    }
+
+    /// Hands a message to everybody in its tenant who wants it. `retain`: written in the same step.
+    ///
+    /// # Errors
+    /// A refusal when its rows cannot be encoded, which the types rule out.
+    pub(super) fn hand_out(
+        &self,
+        space: &Arc<Space>,
+        message: &Arc<Message>,
+        from: Option<&str>,
+        retain: Option<MqttWrite>,
+    ) -> Result<Settled, Refusal> {
+        let internal = |error: record::Error| Refusal::new(Reason::Unspecified, error.to_string());
+        let mut routed = space.route(message, from, self.config.max_queued).map_err(internal)?;
         count_dropped("queue_full", routed.dropped);
+        if let Some(roam) = self.roam.as_ref().filter(|_| !routed.aims.is_empty()) {
+            roam.spread(&space.tenant, message, from, std::mem::take(&mut routed.aims));
+        }
         routed.writes.extend(retain);
         if routed.writes.is_empty() {
             return Ok(Settled::Now);
@@ -448,15 +497,18 @@ impl Broker {
         let (tell, done) = oneshot::channel();
         let held = Arc::new(std::mem::take(&mut routed.held));
         let behind = held.clone();
+        let posted = self.roam.clone().filter(|_| !routed.posted.is_empty()).map(|roam| (roam, routed.posted));
         let end = Done::new(move |end| {
             let is_durable = end.is_ok();
             for (session, order, qos) in behind.iter() {
                 settle(session, *order, if is_durable { *qos == 2 } else { false }, is_durable);
             }
+            if let Some((roam, nodes)) = posted.filter(|_| is_durable) {
+                roam.posted(&nodes);
+            }
             let _ = tell.send(is_durable);
         });
         self.store.mqtt(routed.writes, end);
-        drop(retained);
         // The rows are in the writer's queue now, so an acknowledgement cannot overtake them.
         for (session, order, qos) in held.iter() {
             if *qos == 1 {
@@ -507,7 +559,7 @@ impl Broker {
 }
 
 /// A message's row is written, or cannot be.
-fn settle(session: &Arc<Session>, order: i64, may_go: bool, is_kept: bool) {
+pub(super) fn settle(session: &Arc<Session>, order: i64, may_go: bool, is_kept: bool) {
     let mut state = session.lock();
     if !is_kept {
         state.outbox.retract(order);

@@ -15,7 +15,7 @@ use tokio::{
 use super::{
     connection::{Connection, End},
     packet::code,
-    record::Message,
+    roam::follow::presence,
     will,
 };
 
@@ -57,18 +57,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
     /// Presence of a device that is bound to an instance: told when its first connection begins and its last one ends.
     pub(super) fn tell_presence(&mut self, is_online: bool) {
         let Some(instance) = &self.auth.instance else { return };
+        if let Some(roam) = &self.broker.roam {
+            // The coming was told before the session was taken.
+            if !is_online {
+                roam.miss(&self.space, instance);
+            }
+            return;
+        }
         let is_change = if is_online { self.space.arrive(instance) } else { self.space.leave(instance) };
         if !is_change {
             return;
         }
-        let message = Message {
-            topic: format!("sophont/{}/{instance}/presence", self.space.tenant),
-            payload: bytes::Bytes::from_static(if is_online { b"online" } else { b"offline" }),
-            qos: 1,
-            retain: true,
-            is_utf8: true,
-            ..Message::default()
-        };
+        let message = presence(&self.space.tenant, instance, is_online);
         drop(self.broker.distribute(&self.space, message, None));
     }
 

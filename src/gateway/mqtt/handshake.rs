@@ -18,8 +18,9 @@ use super::{
     embedded::{Broker, Place, count_dropped},
     inbound::{self, Target},
     packet::{self, Broken, Codec, Connect, Id, Packet, Version, code},
-    record::Will,
+    record::{Subscription, Will},
     registry::{Space, is_due},
+    roam::Roam,
     session::{Inbound, Link, Session, State},
     topic::Filter,
     will,
@@ -202,7 +203,14 @@ async fn admit(broker: &Arc<Broker>, connect: &Connect, peer: SocketAddr) -> Res
     };
     let space = broker.space(&auth.tenant);
     let link = Arc::new(Link::default());
-    let (session, claim) = claim(broker, connect, &auth, &space, &client, &link).await?;
+    let (session, claim) = match (&broker.roam, &auth.instance) {
+        (Some(roam), Some(instance)) => {
+            roam.expect(&space, instance).await;
+            let claimed = claim(broker, connect, &auth, &space, &client, &link).await;
+            claimed.inspect_err(|_| roam.miss(&space, instance))?
+        }
+        _ => claim(broker, connect, &auth, &space, &client, &link).await?,
+    };
     if broker.drain.is_draining() {
         link.close(code::SHUTTING_DOWN);
     }
@@ -260,8 +268,14 @@ async fn claim(
                 match (&state.link, state.gone) {
                     (_, true) => None,
                     (Some(old), _) => Some(old.clone()),
+                    (None, _) if broker.roam.is_some() => {
+                        // Nobody else here takes it while the store is asked.
+                        (state.link, state.claiming) = (Some(link.clone()), true);
+                        drop(state);
+                        return (session, None);
+                    }
                     (None, _) => {
-                        let claim = take_over(broker, connect, auth, client, link, &session, &mut state);
+                        let claim = Some(take_over(broker, connect, auth, client, link, &session, &mut state));
                         drop(state);
                         return (session, claim);
                     }
@@ -276,8 +290,13 @@ async fn claim(
             }
         }
     };
-    let (session, mut claim) =
+    let (session, claim) =
         timeout(WITHIN, taking).await.map_err(|_| Broken::new(code::BUSY, "the session is still in use"))?;
+    let mut claim = match (claim, &broker.roam) {
+        (Some(claim), _) => claim,
+        (None, Some(roam)) => sit(broker, roam, connect, auth, space, &session, client, link).await?,
+        (None, None) => return Err(Broken::new(code::UNSPECIFIED, "the session is not there")),
+    };
     for filter in &claim.obsolete {
         space.unsubscribe(&session, filter);
     }
@@ -300,6 +319,9 @@ async fn claim(
         Err(_) => false,
     };
     if written {
+        if let Some(roam) = &broker.roam {
+            roam.came(&session);
+        }
         return Ok((session, claim));
     }
     let mut state = session.lock();
@@ -311,6 +333,41 @@ async fn claim(
     drop(state);
     link.end();
     Err(Broken::new(code::UNAVAILABLE, "the store does not take the session"))
+}
+
+/// Makes a reserved session this node's, and this connection's.
+#[allow(clippy::too_many_arguments, reason = "those of the claim it is a part of")]
+async fn sit(
+    broker: &Broker,
+    roam: &Roam,
+    connect: &Connect,
+    auth: &AuthContext,
+    space: &Space,
+    session: &Arc<Session>,
+    client: &Arc<str>,
+    link: &Arc<Link>,
+) -> Result<Claim, Broken> {
+    let is_kept = connect.expiry_seconds.min(broker.config.max_session_expiry_seconds) > 0 || connect.will.is_some();
+    let seated = timeout(WITHIN, roam.sit(broker, space, session, is_kept)).await;
+    let mut state = session.lock();
+    state.claiming = false;
+    let why = match seated {
+        Ok(Ok(())) => {
+            let claim = take_over(broker, connect, auth, client, link, session, &mut state);
+            let kept: Vec<Subscription> = state.subscriptions.values().cloned().collect();
+            drop(state);
+            // Whether other nodes are told of them depends on whether the session lasts now.
+            kept.iter().for_each(|one| space.subscribe(session, one));
+            return Ok(claim);
+        }
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => String::from("it takes too long"),
+    };
+    state.link = None;
+    drop(state);
+    link.end();
+    tracing::debug!(client = %session.client, %why, "an MQTT session cannot be taken");
+    Err(Broken::new(code::UNAVAILABLE, "the store does not give the session"))
 }
 
 /// Makes a free session this connection's, in memory.
@@ -345,6 +402,7 @@ fn take_over(
         claim.released = state.outbox.resume();
     } else {
         claim.obsolete = std::mem::take(&mut state.subscriptions).into_keys().collect();
+        // Made anew with its row, it keeps its place there.
         *state = State { uid: uuid::Uuid::new_v4().as_u64_pair().0, ..State::default() };
     }
     state.epoch += 1;
@@ -354,6 +412,7 @@ fn take_over(
     state.will.clone_from(&connect.will);
     state.stored = state.is_persistent() || state.will.is_some();
     state.link = Some(link.clone());
+    state.since = now;
     (claim.uid, claim.epoch, claim.expiry_seconds) = (state.uid, state.epoch, state.expiry_seconds);
     claim
 }

@@ -149,6 +149,12 @@ impl Outbox {
         self.sent.insert(order, Sent::Released { stored: true });
     }
 
+    /// The last position that may have been sent and is not acknowledged; 0 when there is none.
+    pub fn sent_up_to(&self) -> i64 {
+        let again = self.waiting.iter().filter(|item| item.dup).map(|item| item.order);
+        again.chain(self.sent.keys().copied()).max().unwrap_or(0)
+    }
+
     /// QoS 1 and 2 messages, waiting or under way.
     pub fn strong(&self) -> usize {
         self.waiting.len() - self.weak + self.sent.len()

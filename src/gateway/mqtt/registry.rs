@@ -7,7 +7,7 @@
 //! session; sessions is asked for alone. Tests: at the foot; `tests/it/mqtt.rs`.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap, HashSet},
     sync::{
         Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
         atomic::{AtomicUsize, Ordering},
@@ -21,34 +21,61 @@ use super::{
     outbox::Item,
     record::{self, Message, Subscription},
     retained::Retained,
-    session::Session,
+    roam::{
+        Roam,
+        note::{Aim, Letter},
+    },
+    session::{Away, NOBODY, Session},
     topic::{Filter, Trie},
 };
 use crate::{
     store::MqttWrite,
-    types::{InstanceId, Millis, TenantId},
+    types::{InstanceId, Millis, NodeId, TenantId},
 };
 
 /// A session's subscription, as routes hold it.
 #[derive(Debug, Clone)]
 struct Member {
     session: Arc<Session>,
+    /// The filter, where it is shared.
+    group: Option<Arc<str>>,
+    /// Whether other nodes were told of it.
+    told: bool,
     qos: u8,
     no_local: bool,
     retain_as_published: bool,
     id: Option<u32>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Group {
+    /// The filter, with its prefix.
+    filter: Arc<str>,
     members: Vec<Member>,
+    /// Nodes with members whose sessions do not last.
+    peers: Vec<NodeId>,
     next: AtomicUsize,
+}
+
+/// Who of a group gets a message.
+enum Chosen {
+    Member(Member),
+    Peer(NodeId, Arc<str>),
 }
 
 #[derive(Debug, Default)]
 struct Routes {
     plain: Trie<Arc<str>, Member>,
     shared: Trie<Box<str>, Group>,
+    /// What sessions of other nodes want that do not last.
+    peers: Trie<NodeId, NodeId>,
+}
+
+/// A message's receivers: sessions, and nodes.
+#[derive(Default)]
+struct Receivers {
+    members: Vec<Member>,
+    aims: BTreeMap<NodeId, Aim>,
 }
 
 /// What became of a message in memory, and what is still to be written.
@@ -62,10 +89,13 @@ pub struct Routed {
     pub dropped: u64,
     /// Receivers.
     pub receivers: usize,
+    /// Other nodes that hand it on to their sessions.
+    pub aims: BTreeMap<NodeId, Aim>,
+    /// Other nodes for whose sessions it is left in the store.
+    pub posted: HashSet<String>,
 }
 
 /// A tenant.
-#[derive(Debug)]
 pub struct Space {
     /// Which.
     pub tenant: TenantId,
@@ -73,12 +103,15 @@ pub struct Space {
     routes: RwLock<Routes>,
     retained: RwLock<Retained>,
     present: Mutex<HashMap<InstanceId, usize>>,
+    /// The way to other nodes.
+    roam: Option<Arc<Roam>>,
 }
 
 impl Space {
     /// An empty space.
-    pub fn new(tenant: TenantId) -> Self {
+    pub fn new(tenant: TenantId, roam: Option<Arc<Roam>>) -> Self {
         Self {
+            roam,
             tenant,
             sessions: Mutex::default(),
             routes: RwLock::default(),
@@ -95,6 +128,9 @@ impl Space {
         }
         let client: Arc<str> = Arc::from(client);
         let session = Arc::new(Session::new(self.tenant.clone(), client.clone()));
+        if self.roam.is_some() {
+            session.set_hold(NOBODY);
+        }
         sessions.insert(client, session.clone());
         session
     }
@@ -132,55 +168,118 @@ impl Space {
     /// Routes a subscription's messages to a session; replaces an earlier one with the same filter.
     pub fn subscribe(&self, session: &Arc<Session>, subscription: &Subscription) {
         let Some(filter) = Filter::parse(&subscription.filter) else { return };
+        let told = self.roam.is_some() && {
+            let state = session.lock();
+            state.away.is_none() && !state.is_persistent()
+        };
+        let shared: Option<Arc<str>> = filter.share.map(|_| Arc::from(&*subscription.filter));
         let member = Member {
             session: session.clone(),
+            group: shared.clone(),
+            told,
             qos: subscription.qos,
             no_local: subscription.no_local,
             retain_as_published: subscription.retain_as_published,
             id: subscription.id,
         };
         let mut routes = self.routes.write().unwrap_or_else(PoisonError::into_inner);
-        let Some(group) = filter.share.map(Box::<str>::from) else {
-            routes.plain.insert(filter.path, session.client.clone(), member);
-            return;
+        let old = match (filter.share, shared) {
+            (Some(name), Some(shared)) => routes.group(filter.path, name, &shared).join(member),
+            _ => routes.plain.insert(filter.path, session.client.clone(), member),
         };
-        if let Some(group) = routes.shared.get_mut(filter.path, &group) {
-            group.members.retain(|other| !Arc::ptr_eq(&other.session, session));
-            group.members.push(member);
-        } else {
-            let members = vec![member];
-            routes.shared.insert(filter.path, group, Group { members, next: AtomicUsize::new(0) });
+        drop(routes);
+        self.tell(&subscription.filter, old.is_some_and(|old| old.told), told);
+    }
+
+    /// Tells other nodes that a filter is wanted, or no longer.
+    fn tell(&self, filter: &str, was: bool, is: bool) {
+        if let Some(roam) = &self.roam
+            && was != is
+        {
+            roam.want(&self.tenant, filter, is);
         }
     }
 
     /// Ends a subscription; false when there was none.
     pub fn unsubscribe(&self, session: &Arc<Session>, filter: &str) -> bool {
-        let Some(filter) = Filter::parse(filter) else { return false };
+        let Some(parsed) = Filter::parse(filter) else { return false };
         let mut routes = self.routes.write().unwrap_or_else(PoisonError::into_inner);
-        let Some(name) = filter.share.map(Box::<str>::from) else {
-            return routes.plain.remove(filter.path, &session.client).is_some();
+        let old = match parsed.share {
+            None => routes.plain.remove(parsed.path, &session.client),
+            Some(name) => routes.leave(parsed.path, name, |group| group.part(session)),
         };
-        let Some(group) = routes.shared.get_mut(filter.path, &name) else { return false };
-        let before = group.members.len();
-        group.members.retain(|other| !Arc::ptr_eq(&other.session, session));
-        let (removed, is_empty) = (group.members.len() < before, group.members.is_empty());
-        if is_empty {
-            routes.shared.remove(filter.path, &name);
+        drop(routes);
+        self.tell(filter, old.as_ref().is_some_and(|old| old.told), false);
+        old.is_some()
+    }
+
+    /// Sessions of another node that do not last want a filter, or no longer.
+    pub fn peer_wants(&self, node: &NodeId, filter: &str, wanted: bool) {
+        let Some(parsed) = Filter::parse(filter) else { return };
+        let mut routes = self.routes.write().unwrap_or_else(PoisonError::into_inner);
+        match (parsed.share, wanted) {
+            (None, true) => drop(routes.peers.insert(parsed.path, node.clone(), node.clone())),
+            (None, false) => drop(routes.peers.remove(parsed.path, node)),
+            (Some(name), true) => {
+                let group = routes.group(parsed.path, name, &Arc::from(filter));
+                if !group.peers.contains(node) {
+                    group.peers.push(node.clone());
+                }
+            }
+            (Some(name), false) => routes.leave(parsed.path, name, |group| group.peers.retain(|other| other != node)),
         }
-        removed
     }
 
     /// Everybody a topic goes to. Sessions with several matching subscriptions stand several times, next to each other.
-    fn receivers(&self, name: &str) -> Vec<Member> {
-        let mut found = Vec::new();
+    fn receivers(&self, name: &str) -> Receivers {
+        let mut found = Receivers::default();
         let routes = self.routes.read().unwrap_or_else(PoisonError::into_inner);
-        routes.plain.visit(name, |member| found.push(member.clone()));
+        routes.plain.visit(name, |member| found.members.push(member.clone()));
         if !routes.shared.is_empty() {
-            routes.shared.visit(name, |group| found.extend(group.choose()));
+            routes.shared.visit(name, |group| match group.choose() {
+                Some(Chosen::Member(member)) => found.members.push(member),
+                Some(Chosen::Peer(node, filter)) => {
+                    found.aims.entry(node).or_default().shared.push(filter.to_string());
+                }
+                None => {}
+            });
+        }
+        if !routes.peers.is_empty() {
+            routes.peers.visit(name, |node| found.aims.entry(node.clone()).or_default().plain = true);
         }
         drop(routes);
-        found.sort_by_key(|member| Arc::as_ptr(&member.session));
+        found.members.sort_by_key(|member| Arc::as_ptr(&member.session));
         found
+    }
+
+    /// Hands a message of another node to sessions here: those that do not last, and the others as far as it is QoS 0 for them.
+    /// Returns how many had no room.
+    ///
+    /// # Errors
+    /// [`record::Error`], which the types rule out.
+    pub fn route_relayed(
+        &self,
+        message: &Arc<Message>,
+        from: Option<&str>,
+        max_queued: usize,
+        aim: &Aim,
+    ) -> Result<u64, record::Error> {
+        let mut found = Receivers::default();
+        let mut routes = self.routes.write().unwrap_or_else(PoisonError::into_inner);
+        if aim.plain {
+            routes.plain.visit(&message.topic, |member| found.members.push(member.clone()));
+        }
+        for filter in &aim.shared {
+            if let Some(Filter { share: Some(name), path }) = Filter::parse(filter)
+                && let Some(group) = routes.shared.get_mut(path, &Box::from(name))
+            {
+                found.members.extend(group.choose_here());
+            }
+        }
+        drop(routes);
+        found.members.retain(|member| member.session.lock().away.is_none());
+        found.members.sort_by_key(|member| Arc::as_ptr(&member.session));
+        self.route_to(found, message, from, max_queued, true).map(|routed| routed.dropped)
     }
 
     /// Puts a message into the outbox of everybody it goes to. `from` is the client id of its publisher.
@@ -193,17 +292,45 @@ impl Space {
         from: Option<&str>,
         max_queued: usize,
     ) -> Result<Routed, record::Error> {
-        let found = self.receivers(&message.topic);
-        let mut routed = Routed::default();
+        self.route_to(self.receivers(&message.topic), message, from, max_queued, false)
+    }
+
+    fn route_to(
+        &self,
+        found: Receivers,
+        message: &Arc<Message>,
+        from: Option<&str>,
+        max_queued: usize,
+        is_relayed: bool,
+    ) -> Result<Routed, record::Error> {
+        let mut routed = Routed { aims: found.aims, ..Routed::default() };
         let mut rows = Rows::default();
-        for same in found.chunk_by(|a, b| Arc::ptr_eq(&a.session, &b.session)) {
+        for same in found.members.chunk_by(|a, b| Arc::ptr_eq(&a.session, &b.session)) {
             let session = &same[0].session;
             let wanted = || same.iter().filter(|member| !(member.no_local && from == Some(&*session.client)));
             let Some(qos) = wanted().map(|member| member.qos.min(message.qos)).max() else { continue };
             let retain = message.retain && wanted().any(|member| member.retain_as_published);
             let ids: Vec<u32> = wanted().filter_map(|member| member.id).collect();
             let mut state = session.lock();
+            if let Some(away) = &state.away {
+                routed.away(away, session, message, from, qos, aim_of(same))?;
+                continue;
+            }
+            if state.claiming
+                && qos > 0
+                && state.is_persistent()
+                && let Some(roam) = &self.roam
+            {
+                // Behind what was left for it so far.
+                let here = Away { node: roam.me().as_str().into(), connected: true };
+                routed.away(&here, session, message, from, qos, aim_of(same))?;
+                continue;
+            }
             let link = state.link.clone();
+            if is_relayed && qos > 0 && state.is_persistent() {
+                // It comes by the store.
+                continue;
+            }
             if state.gone || (link.is_none() && (qos == 0 || !state.is_persistent())) {
                 continue;
             }
@@ -256,14 +383,105 @@ impl Space {
     }
 }
 
+impl Routes {
+    /// A group of a shared filter, made if there is none.
+    fn group(&mut self, path: &str, name: &str, filter: &Arc<str>) -> &mut Group {
+        let group =
+            || Group { filter: filter.clone(), members: Vec::new(), peers: Vec::new(), next: AtomicUsize::new(0) };
+        self.shared.get_or_insert(path, Box::from(name), group)
+    }
+
+    /// Changes a group, and removes it when nobody is left.
+    fn leave<T: Default>(&mut self, path: &str, name: &str, leave: impl FnOnce(&mut Group) -> T) -> T {
+        let name: Box<str> = Box::from(name);
+        let Some(group) = self.shared.get_mut(path, &name) else { return T::default() };
+        let left = leave(group);
+        if group.members.is_empty() && group.peers.is_empty() {
+            self.shared.remove(path, &name);
+        }
+        left
+    }
+}
+
 impl Group {
-    /// The next member in turn that is connected, else the next in turn that keeps messages.
-    fn choose(&self) -> Option<Member> {
+    fn join(&mut self, member: Member) -> Option<Member> {
+        let old = self.part(&member.session);
+        self.members.push(member);
+        old
+    }
+
+    fn part(&mut self, session: &Arc<Session>) -> Option<Member> {
+        let at = self.members.iter().position(|other| Arc::ptr_eq(&other.session, session))?;
+        Some(self.members.remove(at))
+    }
+
+    /// The next in turn that is connected, here or at another node, else the next in turn that keeps messages.
+    fn choose(&self) -> Option<Chosen> {
+        let count = self.members.len() + self.peers.len();
+        let start = self.next.fetch_add(1, Ordering::Relaxed);
+        let in_turn = || (0..count).map(|step| start.wrapping_add(step) % count);
+        let connected = in_turn().find_map(|at| match self.members.get(at) {
+            Some(member) => member.is_connected().then(|| Chosen::Member(member.clone())),
+            None => {
+                let peer = self.peers.get(at - self.members.len())?;
+                Some(Chosen::Peer(peer.clone(), self.filter.clone()))
+            }
+        });
+        connected.or_else(|| {
+            let lasts = |member: &&Member| member.session.lock().is_persistent();
+            in_turn().filter_map(|at| self.members.get(at)).find(lasts).cloned().map(Chosen::Member)
+        })
+    }
+
+    /// The next in turn that is connected here.
+    fn choose_here(&self) -> Option<Member> {
         let count = self.members.len();
         let start = self.next.fetch_add(1, Ordering::Relaxed);
-        let in_turn = || (0..count).filter_map(|step| self.members.get(start.wrapping_add(step) % count));
-        let connected = in_turn().find(|member| member.session.lock().link.is_some());
-        connected.or_else(|| in_turn().find(|member| member.session.lock().is_persistent())).cloned()
+        let mut in_turn = (0..count).filter_map(|step| self.members.get(start.wrapping_add(step) % count));
+        in_turn.find(|member| member.session.lock().link.is_some()).cloned()
+    }
+}
+
+impl Member {
+    fn is_connected(&self) -> bool {
+        let state = self.session.lock();
+        state.away.as_ref().map_or(state.link.is_some(), |away| away.connected)
+    }
+}
+
+/// Through which subscriptions of a session a message comes to it.
+fn aim_of(members: &[Member]) -> Aim {
+    let shared = members.iter().filter_map(|member| member.group.as_deref()).map(String::from).collect();
+    Aim { plain: members.iter().any(|member| member.group.is_none()), shared }
+}
+
+impl Routed {
+    /// A message for a session that another node has: at QoS 0 by that node while its client is there, else through the store.
+    fn away(
+        &mut self,
+        away: &Away,
+        session: &Session,
+        message: &Message,
+        from: Option<&str>,
+        qos: u8,
+        aim: Aim,
+    ) -> Result<(), record::Error> {
+        if qos > 0 {
+            let letter = Letter { message: message.clone(), from: from.map(String::from), aim };
+            let (tenant, client) = (session.tenant.clone(), session.client.to_string());
+            self.writes.push(MqttWrite::Mail { tenant, client, record: record::encode(&letter)? });
+            self.posted.insert(away.node.clone());
+        } else if away.connected
+            && let Ok(node) = NodeId::new(&away.node)
+        {
+            let there = self.aims.entry(node).or_default();
+            there.plain |= aim.plain;
+            there.shared.extend(aim.shared);
+        } else {
+            return Ok(());
+        }
+        self.receivers += 1;
+        Ok(())
     }
 }
 
@@ -315,7 +533,7 @@ mod tests {
     use crate::gateway::mqtt::session::Link;
 
     fn space() -> Space {
-        Space::new(TenantId::new("t").unwrap())
+        Space::new(TenantId::new("t").unwrap(), None)
     }
 
     fn connected(space: &Space, client: &str, expiry: u32) -> Arc<Session> {

@@ -21,12 +21,26 @@ use tokio_util::sync::CancellationToken;
 use super::{
     outbox::Outbox,
     packet::Id,
-    record::{self, Subscription, Will},
+    record::{self, Message, Subscription, Will},
+    roam::note::Aim,
+    topic::{self, Filter},
 };
 use crate::{
     store::MqttWrite,
     types::{Millis, StimulusId, TenantId},
 };
+
+/// The hold of a session that this node does not have: nothing is written under it.
+pub const NOBODY: u64 = i64::MAX as u64;
+
+/// Where a session is that another node has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Away {
+    /// The node's id.
+    pub node: String,
+    /// Whether its client is connected there.
+    pub connected: bool,
+}
 
 /// How others reach the task that serves a connection.
 #[derive(Debug, Default)]
@@ -132,6 +146,12 @@ pub struct State {
     pub outbox: Outbox,
     /// What it remembers of its client's publishes, while no connection has it.
     pub inbound: Inbound,
+    /// Another node that has it. What is here of it then is what the store says of its subscriptions.
+    pub away: Option<Away>,
+    /// Whether a connection is just taking it from the store.
+    pub claiming: bool,
+    /// When its connection began.
+    pub since: Millis,
 }
 
 impl State {
@@ -143,6 +163,35 @@ impl State {
     /// When it ends, if no connection comes.
     pub fn expires_at(&self) -> Option<Millis> {
         self.disconnected_at.map(|at| at.plus(i64::from(self.expiry_seconds) * 1000))
+    }
+
+    /// What a record says; it has a row.
+    pub fn of(record: record::Session) -> Self {
+        Self {
+            uid: record.uid,
+            epoch: record.epoch,
+            expiry_seconds: record.expiry_seconds,
+            disconnected_at: record.disconnected_at,
+            sender: record.sender,
+            stored: true,
+            subscriptions: record.subscriptions.into_iter().map(|one| (one.filter.clone(), one)).collect(),
+            will: record.will,
+            ..Self::default()
+        }
+    }
+
+    /// How a message is delivered through these of its subscriptions: QoS, retain flag, identifiers. `None` when none of
+    /// them wants it, or only at QoS 0.
+    pub fn wish(&self, message: &Message, is_own: bool, aim: &Aim) -> Option<(u8, bool, Vec<u32>)> {
+        let is_meant = |one: &Subscription| match Filter::parse(&one.filter) {
+            Some(Filter { share: Some(_), .. }) => aim.shared.contains(&one.filter),
+            Some(Filter { share: None, path }) => aim.plain && topic::matches(path, &message.topic),
+            None => false,
+        };
+        let wanted = || self.subscriptions.values().filter(|one| is_meant(one) && !(one.no_local && is_own));
+        let qos = wanted().map(|one| one.qos.min(message.qos)).max().filter(|qos| *qos > 0)?;
+        let retain = message.retain && wanted().any(|one| one.retain_as_published);
+        Some((qos, retain, wanted().filter_map(|one| one.id).collect()))
     }
 
     fn record(&self) -> record::Session {
@@ -166,17 +215,7 @@ impl Session {
 
     /// A session as it was stored.
     pub fn restored(tenant: TenantId, client: Arc<str>, record: record::Session) -> Self {
-        let state = State {
-            uid: record.uid,
-            epoch: record.epoch,
-            expiry_seconds: record.expiry_seconds,
-            disconnected_at: record.disconnected_at,
-            sender: record.sender,
-            stored: true,
-            subscriptions: record.subscriptions.into_iter().map(|one| (one.filter.clone(), one)).collect(),
-            will: record.will,
-            ..State::default()
-        };
+        let state = State::of(record);
         Self { tenant, client, hold: AtomicU64::new(0), state: Mutex::new(state) }
     }
 
@@ -218,5 +257,10 @@ impl Session {
     /// The number under which this node has it in the store.
     pub fn hold(&self) -> u64 {
         self.hold.load(Ordering::Acquire)
+    }
+
+    /// From now on it is written under this number.
+    pub fn set_hold(&self, hold: u64) {
+        self.hold.store(hold, Ordering::Release);
     }
 }

@@ -3,6 +3,8 @@
 //! Invariants: a granted subscription of a lasting session is durable before SUBACK; retained values follow the SUBACK.
 //! Not here: rights (`inbound`), routes (`registry`). Tests: `tests/it/mqtt.rs`.
 
+use std::sync::Arc;
+
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
@@ -10,8 +12,8 @@ use super::{
     embedded::count_dropped,
     inbound,
     packet::{Broken, Id, Wish, code},
-    record::Subscription,
-    topic::Filter,
+    record::{self, Message, Subscription},
+    topic::{Filter, literal_prefix, matches},
 };
 use crate::types::limits::{MAX_RETAINED, MAX_SUBSCRIPTIONS};
 
@@ -52,10 +54,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             codes.iter_mut().filter(|granted| **granted <= 2).for_each(|granted| *granted = code::UNSPECIFIED);
             due.clear();
         }
-        self.codec.suback(id, &codes, &mut self.wire.output);
-        let now = self.broker.clock.now();
+        if let Some(roam) = &self.broker.roam {
+            roam.told().await;
+        }
+        let mut found = Vec::with_capacity(due.len());
         for (filter, qos) in due {
-            let values = self.space.retained().select(filter, now);
+            found.push((self.retained(filter).await?, qos));
+        }
+        self.codec.suback(id, &codes, &mut self.wire.output);
+        for (values, qos) in found {
             if self.replay.len() + values.len() > MAX_RETAINED {
                 count_dropped("too_many_retained", values.len() as u64);
                 continue;
@@ -66,6 +73,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             }));
         }
         Ok(())
+    }
+
+    /// Retained values a filter selects. Several nodes share what the store has; one alone has it in memory.
+    async fn retained(&mut self, filter: &str) -> Result<Vec<Arc<Message>>, Broken> {
+        let now = self.broker.clock.now();
+        let Some(roam) = &self.broker.roam else { return Ok(self.space.retained().select(filter, now)) };
+        let read = async {
+            let rows = roam.sessions().retained(&self.space.tenant, literal_prefix(filter)).await.ok()?;
+            rows.iter().map(|row| record::decode::<Message>(row).ok()).collect::<Option<Vec<_>>>()
+        };
+        let Some(values) = read.await else {
+            // The client subscribes again on its next connection.
+            return Err(Broken::new(code::UNAVAILABLE, "retained values cannot be read"));
+        };
+        let is_meant = |value: &Message| matches(filter, &value.topic) && !value.is_expired(now);
+        Ok(values.into_iter().filter(is_meant).map(Arc::new).collect())
     }
 
     /// The answer to one filter: the QoS, or why not.
@@ -97,6 +120,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         // A row that still has the subscription would bring it back after a crash: the client is told it failed.
         if !self.write_session().await {
             codes.iter_mut().for_each(|answer| *answer = code::UNSPECIFIED);
+        }
+        if let Some(roam) = self.broker.roam.as_ref().filter(|_| self.is_persistent) {
+            roam.changed();
         }
         self.codec.unsuback(id, &codes, &mut self.wire.output);
     }

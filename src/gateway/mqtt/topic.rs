@@ -142,6 +142,22 @@ impl<K: PartialEq, V> Trie<K, V> {
         }
     }
 
+    /// The value under a filter and a key, made if there is none.
+    pub fn get_or_insert(&mut self, filter: &str, key: K, make: impl FnOnce() -> V) -> &mut V {
+        let (path, is_rest) = split_rest(filter);
+        let mut node = &mut self.root;
+        for level in path.into_iter().flat_map(|path| path.split('/')) {
+            node = node.children.entry(Box::from(level)).or_default();
+        }
+        let list = if is_rest { &mut node.rest } else { &mut node.here };
+        let at = list.iter().position(|(other, _)| *other == key).unwrap_or_else(|| {
+            list.push((key, make()));
+            self.len += 1;
+            list.len() - 1
+        });
+        &mut list[at].1
+    }
+
     /// The value under a filter and a key.
     pub fn get_mut(&mut self, filter: &str, key: &K) -> Option<&mut V> {
         let (path, is_rest) = split_rest(filter);

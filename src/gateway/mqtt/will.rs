@@ -94,6 +94,10 @@ pub async fn tend(broker: &Arc<Broker>, space: &Arc<Space>, session: &Arc<Sessio
         let will = if is_sent_now { state.will.take() } else { None };
         (will.map(|will| (will, state.uid, state.sender.clone())), state.epoch)
     };
+    if will.is_some() && !broker.has_still(session).await {
+        // Another node took it meanwhile, and the will with it.
+        return;
+    }
     let is_sent = match &will {
         None => true,
         Some((will, uid, sender)) => send(broker, space, session, will, *uid, epoch, sender).await,

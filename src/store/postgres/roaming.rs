@@ -36,18 +36,16 @@ const HOLDER: Sql = Sql {
     ),
     types: &[Type::TEXT, Type::TEXT],
 };
-const TAKE: Sql = Sql {
+const CLAIM: Sql = Sql {
     text:
         "UPDATE mqtt_sessions SET node = $3, hold = nextval('mqtt_holds'), changed = pg_current_xact_id()::text::bigint
-           WHERE tenant = $1 AND client = $2 RETURNING tenant, client, hold, rec",
-    types: &[Type::TEXT, Type::TEXT, Type::TEXT],
+           WHERE tenant = $1 AND client = $2 AND hold = $4 RETURNING tenant, client, hold, rec",
+    types: &[Type::TEXT, Type::TEXT, Type::TEXT, Type::INT8],
 };
-const TAKE_OR_MAKE: Sql = Sql {
+const FOUND: Sql = Sql {
     text: "INSERT INTO mqtt_sessions (tenant, client, rec, node, hold, changed)
            VALUES ($1, $2, '', $3, nextval('mqtt_holds'), pg_current_xact_id()::text::bigint)
-           ON CONFLICT (tenant, client) DO UPDATE
-             SET node = excluded.node, hold = excluded.hold, changed = excluded.changed
-           RETURNING tenant, client, hold, rec",
+           ON CONFLICT (tenant, client) DO NOTHING RETURNING tenant, client, hold, rec",
     types: &[Type::TEXT, Type::TEXT, Type::TEXT],
 };
 const QUEUE: Sql = Sql {
@@ -179,15 +177,20 @@ impl Roaming for PostgresStore {
         Ok(found.first().map(holder).transpose()?)
     }
 
-    async fn claim(&self, seat: &Seat, node: &NodeId, create: bool) -> Result<Option<Taken>, Error> {
-        let (tenant, node) = (seat.tenant.as_str(), node.as_str());
-        let params: Vec<Param<'_>> = vec![&tenant, &seat.client, &node];
-        let take = (if create { &TAKE_OR_MAKE } else { &TAKE }, params);
-        let done = self.transact(&[take, (&QUEUE, vec![&tenant, &seat.client])]).await?;
+    async fn claim(&self, seat: &Seat, node: &NodeId, hold: u64) -> Result<Option<Taken>, Error> {
+        let (tenant, node, hold) = (seat.tenant.as_str(), node.as_str(), big(hold));
+        let params: Vec<Param<'_>> = vec![&tenant, &seat.client, &node, &hold];
+        let done = self.transact(&[(&CLAIM, params), (&QUEUE, vec![&tenant, &seat.client])]).await?;
         let [row, queue] = &done[..] else { return Err(Error::Closed) };
         let mut taken = taken(row)?;
         queues(queue, &mut taken)?;
         Ok(taken.pop())
+    }
+
+    async fn found(&self, seat: &Seat, node: &NodeId) -> Result<Option<Taken>, Error> {
+        let (tenant, node) = (seat.tenant.as_str(), node.as_str());
+        let done = self.transact(&[(&FOUND, vec![&tenant, &seat.client, &node])]).await?;
+        Ok(taken(done.first().map_or(&[], Vec::as_slice))?.pop())
     }
 
     async fn adopt(&self, from: &[String], node: &NodeId, limit: usize) -> Result<Vec<Taken>, Error> {

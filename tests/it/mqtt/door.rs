@@ -155,6 +155,7 @@ impl Door {
             drain.clone(),
             runtime.handle().clone(),
             listeners,
+            None,
         );
         // The test has a runtime of its own; this one is entered from a thread that has none.
         let broker = std::thread::scope(|scope| scope.spawn(|| runtime.block_on(starting)).join().unwrap()).unwrap();

@@ -141,6 +141,12 @@ impl Raw {
         assert!(came.is_err(), "something came");
     }
 
+    /// Whether something comes within a moment.
+    pub async fn comes(&mut self) -> bool {
+        let mut byte = [0];
+        timeout(Duration::from_millis(300), self.stream.peek(&mut byte)).await.is_ok()
+    }
+
     /// Sends bytes.
     pub async fn send(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).await.unwrap();

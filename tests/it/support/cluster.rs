@@ -16,6 +16,7 @@ use super::{Http, Node, PATIENCE, node::Builder, postgres, redis::Redis, wait_un
 pub struct Cluster {
     pub nodes: Vec<Node>,
     pub redis: Option<Redis>,
+    token: Option<String>,
 }
 
 impl Cluster {
@@ -27,6 +28,14 @@ impl Cluster {
     /// So many nodes, each changed by `change` before it starts.
     pub async fn build(count: usize, bus: bool, change: impl Fn(Builder) -> Builder) -> Self {
         let cluster = Self::build_uneven(count, bus, |_, builder| change(builder)).await;
+        cluster.until_even().await;
+        cluster
+    }
+
+    /// Three nodes with a bus that ask for tokens; `token` is one that may do everything.
+    pub async fn guarded(tokens: &str, token: &str) -> Self {
+        let mut cluster = Self::build_uneven(3, true, |_, builder| builder.config(tokens)).await;
+        cluster.token = Some(token.into());
         cluster.until_even().await;
         cluster
     }
@@ -44,12 +53,13 @@ impl Cluster {
             );
             nodes.push(change(number, Node::builder().config(&config).stable_ports()).start().await);
         }
-        Self { nodes, redis }
+        Self { nodes, redis, token: None }
     }
 
     /// A client of a node.
     pub fn client(&self, node: usize) -> Http {
-        self.nodes[node % self.nodes.len()].client()
+        let client = self.nodes[node % self.nodes.len()].client();
+        self.token.as_deref().map_or(client.clone(), |token| client.with_token(token))
     }
 
     /// Waits until each live node owns its share of the shards.

@@ -33,8 +33,11 @@ use crate::{
 };
 
 mod intake;
+mod reader;
 mod run;
 mod wire;
+
+pub use reader::Turn;
 
 /// How often a publish is sent anew because the broker lost the session, before `delivery` is told.
 const RESENDS: u32 = 3;
@@ -94,6 +97,7 @@ impl Inward for Router {
 }
 
 /// What a link is made of.
+#[derive(Clone)]
 pub struct Parts {
     /// `[mqtt]`.
     pub config: config::Mqtt,
@@ -107,6 +111,8 @@ pub struct Parts {
     pub drain: Drain,
     /// The runtime it runs on.
     pub handle: tokio::runtime::Handle,
+    /// When it is this node's turn to read, for `readers = "one"`.
+    pub turn: Option<Turn>,
 }
 
 /// The connection to the broker.
@@ -115,7 +121,7 @@ pub struct Link {
     client: AsyncClient,
     connected: watch::Receiver<bool>,
     close: CancellationToken,
-    task: Mutex<Option<tokio::task::JoinHandle<()>>>,
+    tasks: Mutex<Vec<tokio::task::JoinHandle<()>>>,
 }
 
 impl Link {
@@ -128,16 +134,26 @@ impl Link {
             "" => format!("sophont-{}", parts.node),
             id => id.to_owned(),
         };
-        let options = wire::options(&parts.config, &client_id)?;
+        let turn = parts.turn.clone().filter(|_| parts.config.readers == config::Readers::One);
+        let link = Self::connect(&parts, &client_id, turn.is_none())?;
+        if let Some(turn) = turn {
+            let task = parts.handle.spawn(reader::follow(parts.clone(), turn, link.close.clone()));
+            link.tasks.lock().unwrap_or_else(PoisonError::into_inner).push(task);
+        }
+        Ok(Arc::new(link))
+    }
+
+    /// One connection; `reads`: it takes messages.
+    fn connect(parts: &Parts, client_id: &str, reads: bool) -> Result<Self, Error> {
+        let options = wire::options(&parts.config, client_id)?;
         // Room for every acknowledgement that can be due, so that queueing one never waits.
         let capacity = usize::from(parts.config.receive_maximum) + 64;
         let (client, events) = AsyncClient::builder(options).capacity(capacity).build();
         let (tell, connected) = watch::channel(false);
         let close = CancellationToken::new();
-        let handle = parts.handle.clone();
-        let run = run::Run::new(parts, &client_id, client.clone(), tell);
-        let task = handle.spawn(run.run(events, close.clone()));
-        Ok(Arc::new(Self { client, connected, close, task: Mutex::new(Some(task)) }))
+        let run = run::Run::new(parts.clone(), client_id, client.clone(), tell, reads);
+        let task = parts.handle.spawn(run.run(events, close.clone()));
+        Ok(Self { client, connected, close, tasks: Mutex::new(vec![task]) })
     }
 
     /// Whether the broker is connected at present.
@@ -148,10 +164,12 @@ impl Link {
     /// Finishes what is in hand, says goodbye and ends. The session stays with the broker for the next start.
     pub async fn close(&self, deadline: Duration) {
         self.close.cancel();
-        let task = self.task.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(mut task) = task else { return };
-        if tokio::time::timeout(deadline, &mut task).await.is_err() {
-            task.abort();
+        let tasks = std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
+        let until = tokio::time::Instant::now() + deadline;
+        for mut task in tasks {
+            if tokio::time::timeout_at(until, &mut task).await.is_err() {
+                task.abort();
+            }
         }
     }
 }

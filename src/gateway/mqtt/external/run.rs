@@ -71,10 +71,18 @@ pub(super) struct Run {
     intake: Intake,
     under_way: FuturesUnordered<BoxFuture<'static, (Job, End)>>,
     failures: u32,
+    /// Whether it takes messages, or only publishes.
+    reads: bool,
 }
 
 impl Run {
-    pub(super) fn new(parts: Parts, client_id: &str, client: AsyncClient, tell: watch::Sender<bool>) -> Self {
+    pub(super) fn new(
+        parts: Parts,
+        client_id: &str,
+        client: AsyncClient,
+        tell: watch::Sender<bool>,
+        reads: bool,
+    ) -> Self {
         let session = blake3::hash(format!("{}\n{client_id}", parts.config.url).as_bytes()).to_hex();
         Self {
             prefix: format!("mx.{}", &session[..16]),
@@ -87,6 +95,7 @@ impl Run {
             intake: Intake::default(),
             under_way: FuturesUnordered::new(),
             failures: 0,
+            reads,
         }
     }
 
@@ -151,7 +160,9 @@ impl Run {
         let filters = ["in/#", "state/reported"].map(|rest| {
             SubscribeFilterInput::new(filter(rest), QoS::AtLeastOnce).retain_forward_rule(RetainForwardRule::Never)
         });
-        if let Err(error) = self.client.try_subscribe_many(filters) {
+        if self.reads
+            && let Err(error) = self.client.try_subscribe_many(filters)
+        {
             tracing::error!("cannot subscribe at the MQTT broker: {error}");
         }
         tracing::info!(session_present, "connected to the MQTT broker {}", self.config.url);
