@@ -374,6 +374,7 @@ impl Node {
 fn addresses(config: &Config, http: SocketAddr, mqtt: Option<SocketAddr>) -> Vec<String> {
     let door = |name: &str, address: SocketAddr| format!("{name}={address}");
     let mut addresses = vec![door("http", http)];
+    addresses.extend(config.http.advertise.iter().map(|url| format!("advertise={url}")));
     addresses.extend(mqtt.map(|address| door("mqtt", address)));
     if config.mqtt.mode == MqttMode::External {
         addresses.push(format!("broker={}", config.mqtt.url));

@@ -62,6 +62,7 @@ pub(super) fn check(config: &Config, has_env: &dyn Fn(&str) -> bool) -> Vec<Foun
     store(&config.store, has_env, &mut found);
     redis(&config.redis, has_env, &mut found);
     scaling(config, &mut found);
+    advertised(config, &mut found);
     cognition(&config.cognition, has_env, &mut found);
     delivery(&config.delivery, &mut found);
     auth(&config.auth, has_env, &mut found);
@@ -191,6 +192,14 @@ fn store(store: &Store, has_env: &dyn Fn(&str) -> bool, found: &mut Findings) {
     }
     if postgres.tls == PostgresTls::Off && postgres.tls_ca.is_some() {
         found.add(&["store", "postgres", "tls_ca"], "tls_ca is used only with tls = \"verify\"");
+    }
+}
+
+fn advertised(config: &Config, found: &mut Findings) {
+    if let Some(url) = &config.http.advertise
+        && !(url.starts_with("http://") || url.starts_with("https://"))
+    {
+        found.add(&["http", "advertise"], "an address begins with http:// or https://");
     }
 }
 

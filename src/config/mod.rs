@@ -99,6 +99,9 @@ impl Node {
 pub struct Http {
     /// Address; port 0 picks a free one.
     pub listen: SocketAddr,
+    /// Where clients reach this door, `http://` or `https://`; told to nobody when absent.
+    #[serde(default)]
+    pub advertise: Option<String>,
     /// Threads; 0 = one per core.
     pub workers: usize,
     /// Largest request body, in KiB.

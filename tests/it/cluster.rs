@@ -11,7 +11,7 @@ use crate::{
         PATIENCE,
         cluster::{Cluster, all_open, check_history, run_flow, under_flow},
         http::{echo, slow},
-        metric, node, wait_until,
+        metric, node, wait_for, wait_until,
     },
 };
 
@@ -191,6 +191,27 @@ async fn an_operator_drains_a_node_and_nobody_notices() {
     let drained = rows.iter().find(|row| row["name"] == "n1").unwrap();
     assert_eq!((&drained["shards"], &drained["status"]), (&json!(0), &json!("draining")));
     check_history(&cluster.client(1), &senders).await;
+}
+
+#[tokio::test]
+async fn a_node_that_stops_names_another_that_stays() {
+    let mut cluster = Cluster::build_uneven(3, true, |number, builder| {
+        builder.env("SOPHONT__HTTP__ADVERTISE", format!("http://n{number}.test:80"))
+    })
+    .await;
+    cluster.until_even().await;
+    let (first, second) = (cluster.client(0), cluster.client(1));
+    let refused = async |door: &crate::support::Http| {
+        let answer = door.get("/health/ready").await;
+        (answer.status == 503).then(|| answer.json()["elsewhere"].clone())
+    };
+    cluster.nodes[0].signal(Signal::SIGTERM);
+    let named = wait_for("readiness says no", PATIENCE, async || refused(&first).await).await;
+    assert!([json!("http://n1.test:80"), json!("http://n2.test:80")].contains(&named), "{named}");
+    assert!(cluster.nodes[0].wait_exit(PATIENCE).await.success());
+    cluster.nodes[1].signal(Signal::SIGTERM);
+    let named = wait_for("readiness says no", PATIENCE, async || refused(&second).await).await;
+    assert_eq!(named, json!("http://n2.test:80"));
 }
 
 #[tokio::test]

@@ -41,7 +41,7 @@ use crate::{
     gateway::{auth::Authenticator, json},
     instance,
     runtime::{clock::Clock, drain::Drain},
-    types::{AuthContext, InstanceId, InstanceKey, StimulusId},
+    types::{AuthContext, InstanceId, InstanceKey, Role, StimulusId, id::stable_hash},
 };
 
 mod admission;
@@ -227,11 +227,21 @@ impl Door {
         };
         let mut response = match result {
             Ok(response) => response,
-            Err(problem) => problem.answer(request.path(), id.to_str().unwrap_or("")),
+            Err(problem) => self.with_elsewhere(problem, &request).answer(request.path(), id.to_str().unwrap_or("")),
         };
         self.shared.meters.answered(call, response.status().as_u16(), began.elapsed());
         response.headers_mut().insert(REQUEST_ID, id);
         response
+    }
+
+    /// Names another node, where this one refuses because of itself. The same path has the same one, if nodes are picked by keys.
+    fn with_elsewhere(&self, problem: Problem, request: &HttpRequest) -> Problem {
+        if !problem.is_ours_alone() {
+            return problem;
+        }
+        let routing = self.shared.operations.routing();
+        let other = routing.other(Role::Gateway, stable_hash(request.path().bytes()));
+        problem.with_elsewhere(other.and_then(|other| other.door("advertise")))
     }
 
     async fn serve(

@@ -296,6 +296,7 @@ struct Inner {
     hint: Option<String>,
     retry_after: Option<Duration>,
     headers: Vec<(HeaderName, HeaderValue)>,
+    elsewhere: Option<String>,
     checks: Option<serde_json::Value>,
 }
 
@@ -310,6 +311,7 @@ impl<F: Fault> From<F> for Problem {
             hint: fault.hint(),
             retry_after: fault.retry_after(),
             headers: Vec::new(),
+            elsewhere: None,
             checks: None,
         }))
     }
@@ -339,6 +341,9 @@ pub struct ProblemView<'a> {
     instance: &'a str,
     /// The request's id, as in `x-request-id`.
     request_id: &'a str,
+    /// Where another node takes it, of a node that stops or is not ready.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    elsewhere: Option<&'a str>,
     /// What was looked at, for readiness.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
@@ -350,6 +355,18 @@ impl Problem {
     #[must_use]
     pub fn with_checks(mut self, checks: serde_json::Value) -> Self {
         self.0.checks = Some(checks);
+        self
+    }
+
+    /// Whether another node may take what this one refused: it stops, or is not ready.
+    pub fn is_ours_alone(&self) -> bool {
+        matches!(self.0.code, "DRAINING" | "NOT_READY")
+    }
+
+    /// Adds where another node takes it.
+    #[must_use]
+    pub fn with_elsewhere(mut self, address: Option<&str>) -> Self {
+        self.0.elsewhere = address.map(str::to_owned);
         self
     }
 
@@ -388,6 +405,7 @@ impl Problem {
             hint: inner.hint.as_deref(),
             instance: path,
             request_id,
+            elsewhere: inner.elsewhere.as_deref(),
             checks: inner.checks.as_ref(),
         };
         serde_json::to_vec(&view).unwrap_or_default()
