@@ -283,6 +283,7 @@ impl Node {
         })
         .map_err(part)?;
         edge.handle.spawn(Courier::follow(courier.scope(), member.scope()));
+        member.deliver_with(courier.leaving());
         edge.handle.spawn(scan(
             router.clone(),
             drain.clone(),

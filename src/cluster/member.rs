@@ -6,7 +6,8 @@
 //! Tests: `tests/it/cluster.rs`.
 
 use std::{
-    sync::{Arc, OnceLock},
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -27,6 +28,7 @@ use super::{
 };
 use crate::{
     config::Config,
+    delivery::Leaving,
     instance::environment::Environment,
     runtime::drain::Drain,
     store::{
@@ -38,6 +40,8 @@ use crate::{
 
 /// Longest wait for the turns of a shard that is handed off. A thought that takes longer is begun again by the next owner.
 const HAND_OFF: Duration = Duration::from_secs(3);
+/// Longest wait for the effects of a shard that is handed off. Those under way longer may be sent again by the next owner.
+const FAREWELL: Duration = Duration::from_secs(3);
 /// Instances woken by one page of a scan.
 const SCAN_PAGE: usize = 256;
 
@@ -115,6 +119,7 @@ pub struct Member {
     balancer: Balancer,
     scope: watch::Receiver<Scope>,
     relays: Arc<OnceLock<Hears>>,
+    delivery: Arc<OnceLock<Leaving>>,
 }
 
 /// Who hears what doors of other nodes relay to the same door here. Must not block.
@@ -145,11 +150,14 @@ impl Member {
         let (scope, owned) = watch::channel(Scope::none());
         let shared = ownership.is_shared();
         let (for_held, handle_of_held) = (forwarder.clone(), handle.clone());
+        let delivery: Arc<OnceLock<Leaving>> = Arc::default();
         let held = Held {
             shards: shards.clone(),
             forwarder: for_held,
             store,
             scope,
+            leaving: Mutex::default(),
+            delivery: delivery.clone(),
             shared,
             deaf: config.faults.fence_off,
             handle: handle_of_held,
@@ -225,7 +233,13 @@ impl Member {
             balancer,
             scope: owned,
             relays,
+            delivery,
         })
+    }
+
+    /// From now on delivery lets go of a shard before it is handed off. To be called once.
+    pub fn deliver_with(&self, delivery: Leaving) {
+        let _ = self.delivery.set(delivery);
     }
 
     /// This node's membership.
@@ -397,6 +411,9 @@ struct Held {
     forwarder: Forwarder,
     store: Arc<dyn Store>,
     scope: watch::Sender<Scope>,
+    /// Shards that take nothing new and whose effects are still leaving, with their epochs.
+    leaving: Mutex<BTreeMap<u32, u64>>,
+    delivery: Arc<OnceLock<Leaving>>,
     /// Whether other processes may use the store. A store that is one process's own knows no shards.
     shared: bool,
     /// A fault for tests: what is lost is kept.
@@ -405,10 +422,19 @@ struct Held {
 }
 
 impl Held {
+    fn leaving(&self) -> MutexGuard<'_, BTreeMap<u32, u64>> {
+        self.leaving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn publish(&self) {
+        // One at a time, so that an older list never comes after a newer one.
+        let leaving = self.leaving();
         let here = self.shards.here();
         let all = !self.shared && !here.is_empty();
-        self.scope.send_replace(if all { Scope::all() } else { Scope::of(self.shards.count(), here) });
+        let here = here.into_iter().filter_map(|shard| Some((shard, self.shards.epoch(shard)?)));
+        let held = here.chain(leaving.iter().map(|(shard, epoch)| (*shard, *epoch)));
+        self.scope.send_replace(if all { Scope::all() } else { Scope::held(self.shards.count(), held) });
+        drop(leaving);
         self.forwarder.moved();
     }
 
@@ -437,7 +463,15 @@ impl Holder for Held {
     }
 
     async fn close(&self, shard: u32) {
+        let Some(epoch) = self.shards.epoch(shard) else { return };
+        self.leaving().insert(shard, epoch);
         self.shards.close(shard, HAND_OFF).await;
+        if let Some(delivery) = self.delivery.get()
+            && tokio::time::timeout(FAREWELL, delivery.settle(shard, epoch)).await.is_err()
+        {
+            tracing::info!(shard, "effects are under way still; the next owner may send them again");
+        }
+        self.leaving().remove(&shard);
         self.publish();
     }
 
@@ -445,7 +479,10 @@ impl Holder for Held {
         if self.deaf {
             return;
         }
-        shards.iter().for_each(|shard| self.shards.drop_now(*shard));
+        for shard in shards {
+            self.leaving().remove(shard);
+            self.shards.drop_now(*shard);
+        }
         self.publish();
     }
 

@@ -6,12 +6,14 @@
 //! - [`Shipping::Shipped`] is written together with, or after, every row of an effect it passes.
 //! - What is due is not read while a write is under way, so a row that was just settled is not seen again.
 //! - A call has a deadline; a panic in a port is a failed try.
-//! - Of a feed that is no longer followed nothing is written that was not on its way.
+//! - Of a feed that is no longer followed nothing is written that was not on its way, and what was is written under the epoch
+//!   of the shard: after another node took it, it changes nothing.
+//! - A shard is let go ([`Leaving::settle`]) when nothing of it is in hand and its position says so.
 //!
 //! Tests: `tests/it/delivery.rs`.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     panic::AssertUnwindSafe,
     pin::Pin,
     sync::{Arc, Mutex, PoisonError},
@@ -20,7 +22,7 @@ use std::{
 
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use tokio::{
-    sync::watch,
+    sync::{mpsc, oneshot, watch},
     time::{Instant, MissedTickBehavior},
 };
 use tokio_util::sync::CancellationToken;
@@ -53,6 +55,8 @@ const POSITION_AFTER: Duration = Duration::from_millis(500);
 const CALL_DEADLINE: Duration = Duration::from_secs(10);
 /// An effect under way for longer lets those behind it be put off.
 const SLOW_MS: i64 = 3000;
+/// Shards to be let go that are not heard of yet, at most; those who ask wait then.
+const LEAVING: usize = 64;
 /// Most writes waiting before reading pauses.
 const MAX_WRITES: usize = 8192;
 
@@ -104,7 +108,28 @@ pub struct Courier {
     abort: CancellationToken,
     seen: Arc<Mutex<Observed>>,
     scope: Arc<watch::Sender<Scope>>,
+    leaving: Leaving,
     task: tokio::task::JoinHandle<()>,
+}
+
+/// The way to have a courier let go of a shard before another node gets it. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Leaving(mpsc::Sender<Settling>);
+
+/// A shard, the epoch it was taken with, and who waits until nothing of it is in hand.
+type Settling = (u32, u64, oneshot::Sender<()>);
+
+impl Leaving {
+    /// Nothing more of this shard is read; returns when everything that was is delivered or put off, and the position is durable,
+    /// so that the next owner begins with what was never sent. Nothing may be committed for the shard any more. It stays so
+    /// until [`Courier::own`] takes the shard out of the scope. Cancel safe: what is not done by then may be sent again.
+    pub async fn settle(&self, shard: u32, epoch: u64) {
+        let (done, end) = oneshot::channel();
+        if self.0.send((shard, epoch, done)).await.is_ok() {
+            // An error means that the shard was lost or the courier ended: nothing of it is in hand any more.
+            let _ = end.await;
+        }
+    }
 }
 
 impl Courier {
@@ -120,8 +145,14 @@ impl Courier {
         let handle = parts.handle.clone();
         let (scope, wanted) = watch::channel(parts.scope.clone());
         let run = Run::new(parts, webhooks, finish.clone(), seen.clone());
-        let task = handle.spawn(run.run(wanted, abort.clone()));
-        Ok(Self { finish, abort, seen, scope: Arc::new(scope), task })
+        let (leaving, asked) = mpsc::channel(LEAVING);
+        let task = handle.spawn(run.run(wanted, asked, abort.clone()));
+        Ok(Self { finish, abort, seen, scope: Arc::new(scope), leaving: Leaving(leaving), task })
+    }
+
+    /// The way to have it let go of shards.
+    pub fn leaving(&self) -> Leaving {
+        self.leaving.clone()
     }
 
     /// From here on the effects of these shards are carried out, from their durable positions, and no others: of a shard
@@ -220,6 +251,8 @@ struct Run {
     looked: bool,
     /// The end of the log is the end of the work.
     finishing: bool,
+    /// Shards that are let go, the epochs they were taken with, and who waits for it.
+    leaving: BTreeMap<u32, (u64, Vec<oneshot::Sender<()>>)>,
 }
 
 impl Run {
@@ -252,11 +285,12 @@ impl Run {
             hold: false,
             looked: false,
             finishing: false,
+            leaving: BTreeMap::new(),
         }
     }
 
-    async fn run(mut self, wanted: watch::Receiver<Scope>, abort: CancellationToken) {
-        let mut wanted = wanted;
+    async fn run(mut self, wanted: watch::Receiver<Scope>, asked: mpsc::Receiver<Settling>, abort: CancellationToken) {
+        let (mut wanted, mut asked) = (wanted, asked);
         let drain = self.drain.clone();
         let finish = self.finish.clone();
         let hint = self.store.outgoing_hint();
@@ -267,6 +301,7 @@ impl Run {
             self.start_calls();
             self.start_io();
             self.show();
+            self.tell_settled();
             if self.is_finished() {
                 return;
             }
@@ -282,6 +317,7 @@ impl Run {
                     let scope = wanted.borrow_and_update().clone();
                     self.own(scope);
                 }
+                Some(asked) = asked.recv() => self.leave(asked),
                 resumed = of(&mut self.resuming) => self.take_resumed(resumed),
                 _ = ticks.tick() => {
                     tick = tick.wrapping_add(1);
@@ -305,6 +341,7 @@ impl Run {
 
     /// Other shards are to be followed: forgets those lost; where the new ones stood is read next.
     fn own(&mut self, scope: Scope) {
+        self.leaving.retain(|shard, (epoch, _)| scope.holds(*shard, *epoch));
         self.follow.want(scope);
         let kept = self.follow.held().clone();
         self.lanes.keep(|key| kept.contains(key));
@@ -388,7 +425,8 @@ impl Run {
         let room = self.follow.in_hand() < DELIVERY_OPEN && self.writes.len() < MAX_WRITES;
         if self.more && room && self.reading.is_none() && self.follow.feeds() > 0 {
             self.more = false;
-            let (store, after) = (self.store.clone(), self.follow.read());
+            let (store, mut after) = (self.store.clone(), self.follow.read());
+            after.retain(|(feed, _)| !self.leaving.contains_key(&feed.0));
             self.reading = Some(Box::pin(async move { store.outgoing(&after, DELIVERY_BATCH).await }));
         }
         if self.flushing.is_some() || self.looking.is_some() {
@@ -400,7 +438,7 @@ impl Run {
             && !self.drain.is_draining()
             && self.in_hand.len() < DELIVERY_OPEN;
         let must_flush = !self.writes.is_empty()
-            || self.follow.has_moved() && (self.finishing || self.shipped_at.elapsed() >= POSITION_AFTER);
+            || self.follow.has_moved() && (self.must_hurry() || self.shipped_at.elapsed() >= POSITION_AFTER);
         if may_look && !(must_flush && self.looked) {
             (self.look, self.looked) = (false, true);
             let (store, now, limit) = (self.store.clone(), self.clock.now(), self.in_hand.len() + DELIVERY_BATCH * 4);
@@ -412,13 +450,46 @@ impl Run {
         }
     }
 
+    /// Whether somebody waits for the positions.
+    fn must_hurry(&self) -> bool {
+        self.finishing || !self.leaving.is_empty()
+    }
+
+    /// Tells those who wait that nothing of their shard is in hand.
+    fn tell_settled(&mut self) {
+        let (follow, in_hand) = (&self.follow, &self.in_hand);
+        for (shard, (_, waiting)) in self.leaving.iter_mut().filter(|(_, (_, waiting))| !waiting.is_empty()) {
+            let is_here = |(key, _): &(InstanceKey, String)| follow.held().shard_of(key) == Some(*shard);
+            if follow.is_settled(Feed(*shard)) && !in_hand.iter().any(is_here) {
+                for done in waiting.drain(..) {
+                    let _ = done.send(());
+                }
+            }
+        }
+    }
+
+    /// A shard is to be let go. One that is not in hand under this epoch is.
+    fn leave(&mut self, (shard, epoch, done): Settling) {
+        if self.follow.held().holds(shard, epoch) || self.follow.awaited().holds(shard, epoch) {
+            self.leaving.entry(shard).or_insert_with(|| (epoch, Vec::new())).1.push(done);
+        } else {
+            let _ = done.send(());
+        }
+    }
+
+    fn is_leaving(&self, key: &InstanceKey) -> bool {
+        !self.leaving.is_empty()
+            && self.follow.held().shard_of(key).is_some_and(|shard| self.leaving.contains_key(&shard))
+    }
+
     fn start_flush(&mut self) {
         self.shipping = self.follow.moved();
         self.flushed = std::mem::take(&mut self.writes);
         let mut writes = self.flushed.clone();
         writes.extend(self.shipping.iter().map(|&(feed, position)| Shipping::Shipped { feed, position }));
+        let under = self.follow.held().fences(&writes);
         let (done, end) = Done::channel();
-        self.store.ship(writes, done);
+        self.store.ship(under, writes, done);
         self.flushing = Some(Box::pin(async move {
             match end.await {
                 Ok(Ok(_)) => Ok(()),
@@ -468,6 +539,10 @@ impl Run {
         self.more |= !batch.is_empty();
         let (now, mqtt) = (self.clock.now(), self.publisher.is_some());
         for outgoing in batch {
+            if self.leaving.contains_key(&outgoing.feed.0) {
+                // The next owner reads it.
+                continue;
+            }
             let items = Item::of_turn(&outgoing).filter(|item| mqtt || item.target != Target::Mqtt);
             let items: Vec<Item> = items.collect();
             self.follow.open(outgoing.feed, outgoing.position, items.len());
@@ -496,7 +571,7 @@ impl Run {
         let now = self.clock.now();
         for row in rows {
             let id = (row.key.clone(), row.effect_id.clone());
-            if !self.in_hand.insert(id.clone()) {
+            if self.is_leaving(&row.key) || !self.in_hand.insert(id.clone()) {
                 continue;
             }
             match Item::of_row(row) {

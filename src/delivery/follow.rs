@@ -152,6 +152,13 @@ impl Follow {
         }
     }
 
+    /// Whether nothing of a feed is open, and its position says so. Of one that is not followed nothing is.
+    pub(super) fn is_settled(&self, feed: Feed) -> bool {
+        self.feeds
+            .get(&feed)
+            .is_none_or(|followed| followed.window.in_hand() == 0 && followed.window.settled() <= followed.shipped)
+    }
+
     /// Whether a position is to be written.
     pub(super) fn has_moved(&self) -> bool {
         !self.moved.is_empty()

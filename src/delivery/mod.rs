@@ -22,7 +22,7 @@ mod plan;
 mod webhook;
 mod window;
 
-pub use courier::{Courier, Observed, Parts};
+pub use courier::{Courier, Leaving, Observed, Parts};
 
 /// Why delivery cannot start.
 #[derive(Debug, Clone, thiserror::Error)]

@@ -76,7 +76,7 @@ struct Checks {
 
 enum Job {
     Unit(Unit),
-    Ship(Vec<Shipping>, Done),
+    Ship(Vec<Fence>, Vec<Shipping>, Done),
     Mqtt(Vec<MqttWrite>, Done),
 }
 
@@ -212,8 +212,13 @@ impl MemoryStore {
                 }
                 Err(rejection) => (unit.done, Err(rejection)),
             },
-            Job::Ship(writes, done) => {
-                writes.into_iter().for_each(|write| data.ship(write));
+            Job::Ship(under, writes, done) => {
+                let (count, checks) = (self.0.feeds, checks.fence);
+                for write in writes {
+                    if !checks || data.may_ship(&under, write.shard(count)) {
+                        data.ship(write);
+                    }
+                }
                 (done, Ok(Committed { head: Head::default(), created: false }))
             }
             Job::Mqtt(writes, done) => {
@@ -243,7 +248,7 @@ fn take_failure(failing: &mut Option<(usize, Error)>) -> Option<Error> {
 impl Job {
     fn into_done(self) -> Done {
         match self {
-            Job::Unit(Unit { done, .. }) | Job::Ship(_, done) | Job::Mqtt(_, done) => done,
+            Job::Unit(Unit { done, .. }) | Job::Ship(_, _, done) | Job::Mqtt(_, done) => done,
         }
     }
 }
@@ -408,6 +413,12 @@ impl Data {
             fence.lodged = standing.1;
         }
         check::fence(fence, standing, &unit.work, next)
+    }
+
+    /// Whether delivery may write for a shard under these fences.
+    fn may_ship(&mut self, under: &[Fence], shard: u32) -> bool {
+        let Some(fence) = under.iter().find(|fence| fence.shard == shard) else { return true };
+        !self.cluster.is_founded() || self.cluster.shard(shard).is_some_and(|row| row.epoch == fence.epoch)
     }
 
     /// Checks everything first, then writes: a unit is applied whole or not at all.
@@ -581,8 +592,8 @@ impl Writer for MemoryStore {
     fn submit(&self, unit: Unit) {
         self.queue(Job::Unit(unit));
     }
-    fn ship(&self, writes: Vec<Shipping>, done: Done) {
-        self.queue(Job::Ship(writes, done));
+    fn ship(&self, under: Vec<Fence>, writes: Vec<Shipping>, done: Done) {
+        self.queue(Job::Ship(under, writes, done));
     }
     fn mqtt(&self, writes: Vec<MqttWrite>, done: Done) {
         self.queue(Job::Mqtt(writes, done));
@@ -792,7 +803,7 @@ impl Reader for MemoryStore {
 
     async fn probe(&self, deadline: Duration) -> Result<(), Error> {
         let (done, end) = Done::channel();
-        self.ship(Vec::new(), done);
+        self.ship(Vec::new(), Vec::new(), done);
         match tokio::time::timeout(deadline, end).await {
             Ok(Ok(Ok(_))) => self.read().map(drop),
             Ok(Ok(Err(Rejection::Failed(error)))) => Err(error),

@@ -398,6 +398,17 @@ pub enum Shipping {
     },
 }
 
+impl Shipping {
+    /// The shard it is written for, of so many.
+    pub fn shard(&self, count: u32) -> u32 {
+        match self {
+            Self::Shipped { feed, .. } => feed.0,
+            Self::Postpone(pending) => pending.key.shard(count),
+            Self::Settle { key, .. } => key.shard(count),
+        }
+    }
+}
+
 /// A write to the MQTT tables. `record`s are opaque, versioned bytes of the MQTT door. All keys begin with tenant.
 ///
 /// `hold` is the number under which the writing node has the session ([`roaming`]): under an older one than the session's the
@@ -550,8 +561,9 @@ pub trait Writer: Send + Sync + 'static {
     ///
     /// A queue that is full answers through `done` with [`Error::Overloaded`], before this returns.
     fn submit(&self, unit: Unit);
-    /// Queues writes of `delivery`; they share the turns' group commit.
-    fn ship(&self, writes: Vec<Shipping>, done: Done);
+    /// Queues writes of `delivery`; they share the turns' group commit. What is written for a shard under a fence whose epoch is
+    /// not the shard's any more is left out: another node sees to it. A shard without a fence is not looked at.
+    fn ship(&self, under: Vec<Fence>, writes: Vec<Shipping>, done: Done);
     /// Queues writes of the MQTT door; they share the turns' group commit.
     fn mqtt(&self, writes: Vec<MqttWrite>, done: Done);
 }

@@ -2,8 +2,9 @@
 //!
 //! Not here: who owns what. Pure. Tests: at the foot.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
+use super::{Fence, Shipping};
 use crate::types::InstanceKey;
 
 /// One ordered stream of turns with effects. A backend that one process uses alone has one feed, 0; a shared backend has one
@@ -11,7 +12,7 @@ use crate::types::InstanceKey;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, serde::Serialize)]
 pub struct Feed(pub u32);
 
-/// A set of shards. Cheap to clone.
+/// A set of shards. Cheap to clone. A shard that was lost and taken again is another one: it has another epoch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Scope(Option<Arc<Slice>>);
 
@@ -21,6 +22,8 @@ struct Slice {
     count: u32,
     /// Those meant, in order, each once.
     shards: Vec<u32>,
+    /// The epoch each of them was taken with, 0 where that does not matter.
+    epochs: Vec<u64>,
 }
 
 impl Scope {
@@ -31,10 +34,17 @@ impl Scope {
 
     /// These of `count` shards.
     pub fn of(count: u32, shards: impl IntoIterator<Item = u32>) -> Self {
-        let mut shards: Vec<u32> = shards.into_iter().filter(|shard| *shard < count).collect();
-        shards.sort_unstable();
-        shards.dedup();
-        Self(Some(Arc::new(Slice { count, shards })))
+        Self::held(count, shards.into_iter().map(|shard| (shard, 0)))
+    }
+
+    /// These of `count` shards, each with the epoch it was taken with.
+    pub fn held(count: u32, shards: impl IntoIterator<Item = (u32, u64)>) -> Self {
+        let mut pairs: Vec<(u32, u64)> = shards.into_iter().filter(|(shard, _)| *shard < count).collect();
+        // Of two epochs the newer one.
+        pairs.sort_unstable_by_key(|&(shard, epoch)| (shard, std::cmp::Reverse(epoch)));
+        pairs.dedup_by_key(|(shard, _)| *shard);
+        let (shards, epochs) = pairs.into_iter().unzip();
+        Self(Some(Arc::new(Slice { count, shards, epochs })))
     }
 
     /// No shard at all.
@@ -45,6 +55,25 @@ impl Scope {
     /// The shards meant, in order; `None` for all.
     pub fn shards(&self) -> Option<&[u32]> {
         self.0.as_ref().map(|slice| slice.shards.as_slice())
+    }
+
+    /// The fences under which delivery writes this: those of the shards held, each once.
+    pub fn fences(&self, writes: &[Shipping]) -> Vec<Fence> {
+        let Some(slice) = &self.0 else { return Vec::new() };
+        let shards: BTreeSet<u32> = writes.iter().map(|write| write.shard(slice.count)).collect();
+        shards.into_iter().filter_map(|shard| self.fence(shard)).collect()
+    }
+
+    /// Whether a shard is meant as it was taken with this epoch.
+    pub fn holds(&self, shard: u32, epoch: u64) -> bool {
+        self.0.as_ref().is_some_and(|slice| slice.has((shard, epoch)))
+    }
+
+    /// The right to write for a shard that is held under an epoch. What was lodged is not part of it.
+    fn fence(&self, shard: u32) -> Option<Fence> {
+        let slice = self.0.as_ref()?;
+        let epoch = *slice.epochs.get(slice.shards.binary_search(&shard).ok()?)?;
+        (epoch > 0).then_some(Fence { shard, epoch, lodged: 0 })
     }
 
     /// Whether a shard is meant.
@@ -73,7 +102,7 @@ impl Scope {
         match (&self.0, &other.0) {
             (None, None) => Self::all(),
             (Some(one), Some(two)) if one.count == two.count => {
-                Self::of(one.count, one.shards.iter().copied().filter(|shard| other.has(*shard)))
+                Self::held(one.count, one.pairs().filter(|pair| two.has(*pair)))
             }
             _ => Self::none(),
         }
@@ -83,9 +112,7 @@ impl Scope {
     pub fn or(&self, other: &Self) -> Self {
         match (&self.0, &other.0) {
             (None, _) | (_, None) => Self::all(),
-            (Some(one), Some(two)) if one.count == two.count => {
-                Self::of(one.count, one.shards.iter().chain(&two.shards).copied())
-            }
+            (Some(one), Some(two)) if one.count == two.count => Self::held(one.count, one.pairs().chain(two.pairs())),
             _ if other.is_empty() => self.clone(),
             _ => other.clone(),
         }
@@ -96,8 +123,21 @@ impl Scope {
         match &self.0 {
             None if part.is_empty() => Self::all(),
             None => Self::none(),
-            Some(slice) => Self::of(slice.count, slice.shards.iter().copied().filter(|shard| !part.has(*shard))),
+            Some(slice) => {
+                let has = |pair| part.0.as_ref().is_none_or(|part| part.has(pair));
+                Self::held(slice.count, slice.pairs().filter(|pair| !has(*pair)))
+            }
         }
+    }
+}
+
+impl Slice {
+    fn pairs(&self) -> impl Iterator<Item = (u32, u64)> {
+        self.shards.iter().copied().zip(self.epochs.iter().copied())
+    }
+
+    fn has(&self, (shard, epoch): (u32, u64)) -> bool {
+        self.shards.binary_search(&shard).is_ok_and(|at| self.epochs.get(at) == Some(&epoch))
     }
 }
 
@@ -119,6 +159,17 @@ mod tests {
             assert!(Scope::all().contains(&key) && Scope::all().has(shard));
         }
         assert!(Scope::none().is_empty() && !scope.is_empty() && !Scope::all().is_empty());
+    }
+
+    #[test]
+    fn a_shard_that_was_taken_again_is_another_one() {
+        let (before, after) = (Scope::held(8, [(1, 4), (2, 7)]), Scope::held(8, [(1, 5), (2, 7), (3, 1)]));
+        assert_eq!(before.and(&after), Scope::held(8, [(2, 7)]));
+        assert_eq!(after.without(&before), Scope::held(8, [(1, 5), (3, 1)]));
+        assert_eq!(before.or(&after), after);
+        assert_eq!(after.fence(1), Some(Fence { shard: 1, epoch: 5, lodged: 0 }));
+        assert_eq!((after.fence(4), Scope::of(8, [1]).fence(1), Scope::all().fence(1)), (None, None, None));
+        assert!(after.without(&Scope::all()).is_empty() && after.has(1));
     }
 
     #[test]

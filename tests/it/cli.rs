@@ -129,8 +129,11 @@ async fn sigterm_and_ctrl_c_drain() {
 
 #[tokio::test]
 async fn a_second_signal_stops_at_once_and_loses_nothing() {
-    let mut node =
-        Node::builder().config("[node]\ndrain_seconds = 600\n[http]\nmax_wait_seconds = 600\n").start().await;
+    let mut node = Node::builder()
+        .about(About::Process)
+        .config("[node]\ndrain_seconds = 600\n[http]\nmax_wait_seconds = 600\n")
+        .start()
+        .await;
     let client = node.client();
     scripted(&client, "slow", "at last", 600_000).await;
     let stimulus = json!({"content": "think", "id": "s-1"});

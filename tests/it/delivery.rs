@@ -723,3 +723,46 @@ async fn a_courier_follows_the_shards_it_owns_and_no_others() {
     assert_eq!(bench.door.of(name(2)), ["1", "2", "2"]);
     assert_eq!((bench.door.of(name(0)), bench.door.of(name(3))), (numbers(1..=1), numbers(1..=1)));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_is_let_go_when_nothing_of_it_is_in_hand() {
+    let mut bench = Bench::new();
+    let memory = MemoryStore::shared(true, 1024, 4, bench.clock.clone());
+    (bench.store, bench.scope) = (Arc::new(memory.clone()), Scope::held(4, [(1, 1), (2, 1)]));
+    let in_shard = |shard| (0..).map(|n| key(&format!("i{n}"))).find(|key| key.shard(4) == shard).unwrap();
+    let (leaves, stays) = (in_shard(1), in_shard(2));
+    let permits = Arc::new(Semaphore::new(0));
+    *bench.door.permits.lock().unwrap() = Some(permits.clone());
+    bench.start();
+    let leaving = bench.running.as_ref().unwrap().0.leaving();
+    // One call is under way and one waits behind it, when the shard is to be let go.
+    let mut head = publish_in(&memory, &bench, &leaves, 1, Head::default()).await;
+    head = publish_in(&memory, &bench, &leaves, 2, head).await;
+    wait_until("a call is under way, another waits", PATIENCE, async || {
+        bench.observe().under_way == 1 && bench.observe().open == 2
+    })
+    .await;
+    let settling = tokio::spawn({
+        let leaving = leaving.clone();
+        async move { leaving.settle(1, 1).await }
+    });
+    // Another epoch is another time: nothing of that is in hand.
+    leaving.settle(1, 7).await;
+    leaving.settle(3, 1).await;
+    // What is committed for others goes on; of the shard nothing more is begun.
+    permits.add_permits(10);
+    settling.await.unwrap();
+    let shipped = async |feed| memory.shipped(&[Feed(feed)]).await.unwrap()[0];
+    let position = shipped(1).await;
+    assert_eq!(memory.outgoing(&[(Feed(1), position)], 9).await.unwrap().len(), 0, "the position says so");
+    assert_eq!(bench.door.of(leaves.instance.as_str()), numbers(1..=2));
+    publish_in(&memory, &bench, &leaves, 3, head).await;
+    publish_in(&memory, &bench, &stays, 1, Head::default()).await;
+    wait_until("the other shard goes on", PATIENCE, async || shipped(2).await > 0).await;
+    assert_eq!(bench.door.of(leaves.instance.as_str()), numbers(1..=2), "the next owner sends the third");
+    // It comes back under a new epoch, and the third leaves, no other.
+    let owned = bench.running.as_ref().unwrap();
+    owned.0.own(Scope::held(4, [(1, 2), (2, 1)]));
+    wait_until("the third leaves", PATIENCE, async || shipped(1).await > position).await;
+    assert_eq!(bench.door.of(leaves.instance.as_str()), numbers(1..=3));
+}

@@ -16,6 +16,7 @@ mod config;
 mod crash;
 mod delivery;
 mod forward;
+mod hand_off;
 mod hostile;
 mod http;
 mod instance;

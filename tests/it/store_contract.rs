@@ -315,6 +315,7 @@ contract! {
     recall_is_the_instances_own
     effects_leave_in_commit_order
     pending_effects_come_due
+    what_a_former_owner_ships_is_left_out
     mqtt_rows_are_kept
     tenants_are_walls
     figures_count_what_is_there
@@ -826,8 +827,44 @@ async fn effects_leave_in_commit_order(subject: Subject) {
 
 async fn ship(store: &dyn Store, writes: Vec<Shipping>) {
     let (done, end) = Done::channel();
-    store.ship(writes, done);
+    store.ship(Vec::new(), writes, done);
     end.await.unwrap().unwrap();
+}
+
+async fn what_a_former_owner_ships_is_left_out(subject: Subject) {
+    let store = &*subject.store;
+    let (mine, other) = (key("a"), key("b"));
+    let (shard, elsewhere) = (mine.shard(SHARDS), other.shard(SHARDS));
+    assert_ne!(shard, elsewhere);
+    if !subject.set_epoch(shard, 2).await {
+        return;
+    }
+    let row = |key: &InstanceKey, effect_id: &str| Pending {
+        key: key.clone(),
+        effect_id: effect_id.into(),
+        effect: effect(0),
+        reply: None,
+        stimulus: id("s"),
+        tries: 1,
+        due: Millis(1),
+    };
+    let ship = async |epoch: u64, position: i64, writes: Vec<Shipping>| {
+        let (done, end) = Done::channel();
+        let shipped = [shard, elsewhere].map(|shard| Shipping::Shipped { feed: Feed(shard), position });
+        store.ship(vec![Fence { shard, epoch, lodged: 0 }], writes.into_iter().chain(shipped).collect(), done);
+        end.await.unwrap().unwrap();
+        store.shipped(&[Feed(shard), Feed(elsewhere)]).await.unwrap()
+    };
+    let put = |row: Pending| Shipping::Postpone(Box::new(row));
+    let due = async || store.due(&Scope::all(), Millis(9), 9).await.unwrap();
+    assert_eq!(ship(2, 5, vec![put(row(&mine, "1-0"))]).await, [5, 5]);
+    // Whoever has an older epoch changes nothing of this shard, and of others what it may.
+    let settle = Shipping::Settle { key: mine.clone(), effect_id: String::from("1-0") };
+    let late = vec![settle.clone(), put(row(&mine, "2-0")), put(row(&other, "1-0"))];
+    assert_eq!(ship(1, 9, late).await, [5, 9]);
+    assert_eq!(due().await, [row(&mine, "1-0"), row(&other, "1-0")]);
+    assert_eq!(ship(2, 10, vec![settle]).await, [10, 10]);
+    assert_eq!(due().await, [row(&other, "1-0")]);
 }
 
 async fn pending_effects_come_due(subject: Subject) {

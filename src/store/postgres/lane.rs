@@ -35,7 +35,7 @@ use super::{
     writes::{Writes, big, int},
 };
 use crate::{
-    store::{Committed, Done, Error, Head, Known, MqttWrite, Rejection, Shipping, Unit},
+    store::{Committed, Done, Error, Fence, Head, Known, MqttWrite, Rejection, Shipping, Unit},
     types::TenantId,
 };
 
@@ -108,8 +108,8 @@ const TURN_AT: Sql = Sql {
 pub(super) enum Job {
     /// A unit.
     Unit(Unit),
-    /// Writes of delivery.
-    Ship(Vec<Shipping>, Done),
+    /// Writes of delivery, and the fences of their shards.
+    Ship(Vec<Fence>, Vec<Shipping>, Done),
     /// Writes of the MQTT door.
     Mqtt(Vec<MqttWrite>, Done),
     /// Nothing but a commit.
@@ -120,7 +120,7 @@ impl Job {
     /// Gives up everything but the news.
     pub(super) fn into_done(self) -> Done {
         match self {
-            Job::Unit(Unit { done, .. }) | Job::Ship(_, done) | Job::Mqtt(_, done) | Job::Probe(done) => done,
+            Job::Unit(Unit { done, .. }) | Job::Ship(_, _, done) | Job::Mqtt(_, done) | Job::Probe(done) => done,
         }
     }
 
@@ -136,7 +136,7 @@ impl Job {
                 Work::Accept { stimuli } | Work::Lodge { stimuli } => stimuli.iter().map(|s| text(s)).sum(),
                 _ => 4096,
             },
-            Job::Ship(writes, _) => writes.len() * 1024,
+            Job::Ship(_, writes, _) => writes.len() * 1024,
             Job::Mqtt(writes, _) => writes.len() * 1024,
             Job::Probe(_) => 64,
         }
@@ -402,6 +402,10 @@ impl Attempt<'_> {
             .iter()
             .map(|job| match job {
                 Job::Unit(unit) => Some(questions.ask(unit, dedupe)),
+                Job::Ship(under, ..) => {
+                    questions.shards.extend(under.iter().map(|fence| fence.shard));
+                    None
+                }
                 _ => None,
             })
             .collect();
@@ -426,7 +430,15 @@ impl Attempt<'_> {
                     }
                     continue;
                 }
-                Job::Ship(all, _) => all.iter().for_each(|write| writes.ship(write)),
+                Job::Ship(under, all, _) => {
+                    let fenced = self.shared.fenced;
+                    let gone = |shard: u32| {
+                        let fence = under.iter().find(|fence| fenced && fence.shard == shard);
+                        fence.is_some_and(|fence| facts.shards.get(&shard).is_none_or(|row| row.0 != fence.epoch))
+                    };
+                    let kept = all.iter().filter(|write| !gone(write.shard(self.shared.shards)));
+                    kept.for_each(|write| writes.ship(write));
+                }
                 Job::Mqtt(all, _) => all.iter().for_each(|write| {
                     let is_held = |(tenant, client, hold): (&TenantId, &str, u64)| {
                         holds.get(&(tenant.as_str().into(), client.into())) == Some(&hold)

@@ -65,8 +65,8 @@ use self::{
     writes::int,
 };
 use super::{
-    DeadLetter, Done, Episode, Error, Feed, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing, Pending, Reader,
-    Rejection, Scope, Shipping, Stats, Store, Unit, Work, Writer,
+    DeadLetter, Done, Episode, Error, Feed, Fence, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing, Pending,
+    Reader, Rejection, Scope, Shipping, Stats, Store, Unit, Work, Writer,
 };
 use crate::{
     config,
@@ -426,15 +426,6 @@ impl Drop for PostgresStore {
     }
 }
 
-/// The shard whose lane a write of delivery takes: that of its feed or instance.
-fn shard_of(write: &Shipping, shards: u32) -> u32 {
-    match write {
-        Shipping::Shipped { feed, .. } => feed.0,
-        Shipping::Postpone(pending) => pending.key.shard(shards),
-        Shipping::Settle { key, .. } => key.shard(shards),
-    }
-}
-
 impl Writer for PostgresStore {
     fn submit(&self, unit: Unit) {
         let shard = unit.fence.shard as usize;
@@ -442,9 +433,9 @@ impl Writer for PostgresStore {
         self.queue(|lanes| if lodges { lanes } else { shard % lanes }, Job::Unit(unit));
     }
 
-    fn ship(&self, writes: Vec<Shipping>, done: Done) {
-        let shard = writes.first().map_or(0, |write| shard_of(write, self.shared.shards)) as usize;
-        self.queue(|lanes| shard % lanes, Job::Ship(writes, done));
+    fn ship(&self, under: Vec<Fence>, writes: Vec<Shipping>, done: Done) {
+        let shard = writes.first().map_or(0, |write| write.shard(self.shared.shards)) as usize;
+        self.queue(|lanes| shard % lanes, Job::Ship(under, writes, done));
     }
 
     fn mqtt(&self, writes: Vec<MqttWrite>, done: Done) {

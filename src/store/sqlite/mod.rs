@@ -58,8 +58,8 @@ use self::{
     writer::{Job, Shared, Writer as WriterThread},
 };
 use super::{
-    DeadLetter, Done, Episode, Error, Feed, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing, Pending, Reader,
-    Rejection, Scope, Shipping, Stats, Store, Unit, Writer, record,
+    DeadLetter, Done, Episode, Error, Feed, Fence, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing, Pending,
+    Reader, Rejection, Scope, Shipping, Stats, Store, Unit, Writer, record,
 };
 use crate::{
     config,
@@ -255,7 +255,7 @@ impl Writer for SqliteStore {
     fn submit(&self, unit: Unit) {
         self.queue(Job::Unit(unit));
     }
-    fn ship(&self, writes: Vec<Shipping>, done: Done) {
+    fn ship(&self, _: Vec<Fence>, writes: Vec<Shipping>, done: Done) {
         self.queue(Job::Ship(writes, done));
     }
     fn mqtt(&self, writes: Vec<MqttWrite>, done: Done) {

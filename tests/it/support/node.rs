@@ -257,7 +257,10 @@ impl Node {
     fn launch(&mut self, process: usize) {
         let home = self.home.path();
         let config = home.join("sophont.toml");
-        fs::write(&config, &self.builder.config).expect("the config file is written");
+        if process == 0 {
+            // Once: another process may be reading it by now.
+            fs::write(&config, &self.builder.config).expect("the config file is written");
+        }
         let ports = self.builder.ports.filter(|_| self.processes.len() == 1);
         let (http, mqtt) = ports.unwrap_or((0, 0));
         let stdout = File::create(self.file(process, "stdout.log")).expect("a file for standard output");
