@@ -9,6 +9,7 @@ use futures_util::future::OptionFuture;
 
 use super::{Memory, Roam, note::Note};
 use crate::{
+    cluster::bus::Health,
     gateway::mqtt::{
         embedded::Broker,
         outbox::Outbox,
@@ -34,6 +35,9 @@ pub enum Error {
     /// Its rows cannot be read.
     #[error(transparent)]
     Record(#[from] record::Error),
+    /// The node that has it does not let go yet.
+    #[error("the node that has it is not done with it")]
+    Busy,
 }
 
 impl Roam {
@@ -64,7 +68,12 @@ impl Roam {
                 return Ok(());
             }
             let asked = (holder.alive && !is_mine).then(|| self.yielded(&holder.node, &seat));
+            let is_asked = asked.is_some() && self.bus.health() == Health::Up;
             let memory = OptionFuture::from(asked).await.flatten();
+            if is_asked && memory.is_none() {
+                // It lives and is not done: without its memory, what the client sends again would be decided again.
+                return Err(Error::Busy);
+            }
             // Somebody else may have taken it meanwhile: then that one is asked.
             if let Some(taken) = self.sessions.claim(&seat, me, holder.hold).await? {
                 settle_in(broker, space, session, taken, memory.unwrap_or_default())?;
