@@ -24,7 +24,7 @@ use fault::{Fault, Terrain, only, plan};
 use outage::{Strike, table};
 use support::{
     PATIENCE,
-    load::{Book, Load, Shape},
+    load::{Book, FAST, Load, Shape},
     node, program, wait_for,
 };
 use world::World;
@@ -47,9 +47,11 @@ fn number(name: &str, usual: u64) -> u64 {
     std::env::var(name).map_or(usual, |text| text.parse().unwrap_or_else(|_| panic!("{name} is a number")))
 }
 
+/// Each instance has five senders at that pace: forty instances and 100 ms are 2,000 stimuli a second.
 fn shape() -> Shape {
-    let (patience, pace) = (Duration::from_secs(3), Duration::from_millis(20));
-    Shape { twins: true, nameless: true, patience, pace, ..Shape::default() }
+    let fast = usize::try_from(number("SOPHONT_CHAOS_INSTANCES", FAST as u64)).unwrap();
+    let pace = Duration::from_millis(number("SOPHONT_CHAOS_PACE_MS", 20));
+    Shape { fast, twins: true, nameless: true, patience: Duration::from_secs(3), pace, ..Shape::default() }
 }
 
 /// What `sophont check-history` says about a log.
@@ -89,6 +91,7 @@ async fn survives(mut world: World, shape: Shape, seed: u64, faults: Vec<Fault>)
     let log = world.home().join("history.jsonl");
     let load = Load::start(&world.doors(), "c", &shape, Book::in_file(&log));
     load.until_accepted(BETWEEN).await;
+    let between = number("SOPHONT_CHAOS_BETWEEN", BETWEEN);
     let mut strikes = Vec::new();
     for (at, fault) in faults.iter().enumerate() {
         println!("seed {seed}, fault {at}: {fault}");
@@ -97,7 +100,7 @@ async fn survives(mut world: World, shape: Shape, seed: u64, faults: Vec<Fault>)
         let to = Instant::now();
         load.until_each_is_served().await;
         strikes.push(Strike { kind: fault.kind(), from, to, calm: Instant::now() });
-        load.until_accepted(BETWEEN).await;
+        load.until_accepted(between).await;
     }
     let load = load.finish().await;
     load.book().flush();
