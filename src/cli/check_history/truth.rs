@@ -219,7 +219,7 @@ async fn turns_of_node(
     let (mut turns, mut after) = (Vec::new(), from);
     loop {
         let cursor = after.as_ref().map_or(String::new(), |cursor| format!("&after={cursor}"));
-        let page = ask(door, &format!("v1/instances/{instance}/turns?limit={PAGE}{cursor}")).await?;
+        let page = ask(door, &format!("v1/instances/{instance}/turns?epochs=true&limit={PAGE}{cursor}")).await?;
         if page.is_null() {
             return Ok((turns, after));
         }

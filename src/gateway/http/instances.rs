@@ -108,7 +108,7 @@ pub async fn list(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
 /// [`Problem`] when there is no such instance.
 pub async fn turns(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
     let key = caller.instance()?;
-    let query = caller.query(&["after", "limit", "consistency"])?;
+    let query = caller.query(&["after", "limit", "consistency", "epochs"])?;
     let (after, limit) = (query.after_turn()?.unwrap_or(0), query.limit());
     let read = caller.shared.router.store().turns(&key, after, limit + 1).await?;
     if read.is_empty() && caller.shared.router.state(&key).await?.is_none() {
@@ -117,7 +117,8 @@ pub async fn turns(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
     let count = fitting(&read, limit);
     let shown = read.get(..count).unwrap_or(&read);
     let next = (read.len() > count).then(|| shown.last().map(|last| last.turn.to_string())).flatten();
-    let items = shown.iter().map(|turn| TurnView::from(&**turn)).collect();
+    let view = |turn| if query.epochs { TurnView::with_epoch(turn) } else { TurnView::from(turn) };
+    let items = shown.iter().map(|turn| view(&**turn)).collect();
     Ok(respond(StatusCode::OK, view::sized_json(&Page { items, next }, count * 512 + 64)))
 }
 

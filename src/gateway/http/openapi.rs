@@ -208,7 +208,8 @@ fn get_stimulus() {}
         ("id" = String, Path, description = "The instance"),
         ("after" = Option<u64>, Query, description = "Turns behind this number; the `next` of the page before"),
         ("limit" = Option<u32>, Query, minimum = 1, maximum = 1000, description = "Items of the page, 100 if absent"),
-        ("consistency" = Option<String>, Query, description = "`strong` (default) or `eventual`")
+        ("consistency" = Option<String>, Query, description = "`strong` (default) or `eventual`"),
+        ("epochs" = Option<bool>, Query, description = "Whether each turn tells the epoch it was committed under")
     ),
     responses((status = 200, description = "A page", body = Page<TurnView>)))]
 #[allow(dead_code)]

@@ -23,6 +23,8 @@ pub struct Query {
     pub instance: Option<InstanceId>,
     /// Whether only the owner may answer. One node owns everything, so both values mean the same there.
     pub consistency: Option<Consistency>,
+    /// Whether turns tell their epochs.
+    pub epochs: bool,
 }
 
 /// Who may answer a read.
@@ -58,6 +60,9 @@ impl Query {
                 }
                 "instance" => {
                     query.instance = Some(InstanceId::new(&*value).map_err(|error| refuse(&error.to_string()))?);
+                }
+                "epochs" => {
+                    query.epochs = value.parse().map_err(|_| refuse("is true or false"))?;
                 }
                 _ => query.consistency = Some(consistency(&value).ok_or_else(|| refuse("is strong or eventual"))?),
             }
@@ -111,10 +116,13 @@ mod tests {
 
     #[test]
     fn each_parameter_is_read() {
-        let all = ["wait", "after", "limit", "label", "instance", "consistency"];
-        let query =
-            Query::parse("wait=1.5&after=12&limit=7&label=room%3Dthe+hall&instance=lamp&consistency=eventual", &all)
-                .unwrap();
+        let all = ["wait", "after", "limit", "label", "instance", "consistency", "epochs"];
+        let query = Query::parse(
+            "wait=1.5&after=12&limit=7&label=room%3Dthe+hall&instance=lamp&consistency=eventual&epochs=true",
+            &all,
+        )
+        .unwrap();
+        assert!(query.epochs);
         assert_eq!(query.wait, Some(Duration::from_millis(1500)));
         assert_eq!((query.after_turn(), query.limit()), (Ok(Some(12)), 7));
         assert_eq!(query.label, Some((String::from("room"), String::from("the hall"))));
@@ -125,7 +133,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_meant_is_refused() {
-        let all = ["wait", "after", "limit", "label", "instance", "consistency"];
+        let all = ["wait", "after", "limit", "label", "instance", "consistency", "epochs"];
         for bad in [
             "wait=-1",
             "wait=NaN",
@@ -138,6 +146,7 @@ mod tests {
             "instance=a/b",
             "instance=",
             "consistency=weak",
+            "epochs=1",
             "wait=%zz",
         ] {
             assert!(matches!(Query::parse(bad, &all), Err(Refusal::Query { .. })), "{bad}");

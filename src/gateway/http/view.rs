@@ -186,9 +186,17 @@ pub struct TurnView<'a> {
     /// Why it failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<&'a str>,
-    /// Where nodes share a store: how often its shard had changed hands. It never falls from one turn to the next.
+    /// In histories that were asked for it, where nodes share a store: how often its shard had changed hands. It never falls
+    /// from one turn to the next.
     #[serde(skip_serializing_if = "Option::is_none")]
     epoch: Option<u64>,
+}
+
+impl<'a> TurnView<'a> {
+    /// With what is not said unasked: the answer that a sender got for the same turn does not know it.
+    pub fn with_epoch(turn: &'a TurnRecord) -> Self {
+        Self { epoch: (turn.epoch > 0).then_some(turn.epoch), ..Self::from(turn) }
+    }
 }
 
 impl<'a> From<&'a TurnRecord> for TurnView<'a> {
@@ -207,7 +215,7 @@ impl<'a> From<&'a TurnRecord> for TurnView<'a> {
             version: turn.version,
             outcome: turn.outcome,
             error: turn.error.as_deref(),
-            epoch: (turn.epoch > 0).then_some(turn.epoch),
+            epoch: None,
         }
     }
 }
