@@ -32,8 +32,10 @@ pub struct Holder {
     pub node: String,
     /// Under which number.
     pub hold: u64,
-    /// Whether that node lives.
+    /// Whether that node lives: its process is there and its lease runs.
     pub alive: bool,
+    /// Whether its process seems to be there, whatever became of its lease.
+    pub running: bool,
 }
 
 /// A session that was taken.

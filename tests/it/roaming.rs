@@ -84,7 +84,7 @@ async fn who_took_a_session_last_writes_to_it() {
     assert!(second.hold > first.hold);
     assert_eq!((&second.record[..], second.queue.len()), (&b"of a"[..], 2));
     let holder = store.holder(&seat("c")).await.unwrap();
-    assert_eq!(holder, Some(Holder { node: b.as_str().into(), hold: second.hold, alive: true }));
+    assert_eq!(holder, Some(Holder { node: b.as_str().into(), hold: second.hold, alive: true, running: true }));
 
     // What comes late changes nothing. A message that was on its way is left for the one who has the session.
     let dequeue = MqttWrite::Dequeue { tenant: tenant(), client: "c".into(), hold: first.hold, order: 1 };

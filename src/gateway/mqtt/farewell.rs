@@ -16,6 +16,7 @@ use super::{
     connection::{Connection, End},
     packet::code,
     roam::follow::presence,
+    session::State,
     will,
 };
 
@@ -79,6 +80,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         state.link = None;
         state.inbound = std::mem::take(&mut self.inbound);
         state.outbox.drop_weak();
+        if state.gone && self.broker.roam.is_some() {
+            // Another node took it: what is remembered waits here, in case its client comes back.
+            let mut before = State { uid: state.uid, inbound: std::mem::take(&mut state.inbound), ..State::default() };
+            drop(state);
+            if let Some(session) = self.space.find(&self.session.client) {
+                session.lock().inherit(&mut before);
+            }
+            return false;
+        }
         if end == End::Told(code::SHUTTING_DOWN) {
             // The row still says "connected": the next start finds the session as it was and treats will and expiry.
             return false;

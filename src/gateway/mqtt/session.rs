@@ -148,13 +148,33 @@ pub struct State {
     pub inbound: Inbound,
     /// Another node that has it. What is here of it then is what the store says of its subscriptions.
     pub away: Option<Away>,
+    /// The connection it had here before another node took it, while that one may not be done yet.
+    pub leaving: Option<Arc<Link>>,
     /// Whether a connection is just taking it from the store.
     pub claiming: bool,
     /// When its connection began.
     pub since: Millis,
 }
 
+impl Inbound {
+    /// Whether nothing is remembered.
+    pub fn is_empty(&self) -> bool {
+        self.unreleased.is_empty() && self.taken.is_empty()
+    }
+}
+
 impl State {
+    /// What this node remembers of a session stays with it when another node takes it, for a client that comes back here:
+    /// only this node knows what it took and what is not decided yet.
+    pub fn inherit(&mut self, before: &mut Self) {
+        if self.uid == before.uid {
+            self.leaving = self.leaving.take().or_else(|| before.leaving.take());
+            if self.inbound.is_empty() {
+                self.inbound = std::mem::take(&mut before.inbound);
+            }
+        }
+    }
+
     /// Whether it outlives its connection.
     pub fn is_persistent(&self) -> bool {
         self.expiry_seconds > 0

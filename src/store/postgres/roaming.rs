@@ -31,7 +31,8 @@ use crate::{
 const HOLDER: Sql = Sql {
     text: with_held!(
         "SELECT s.node, s.hold, EXISTS (SELECT FROM nodes n WHERE n.node = s.node
-           AND n.lease_until > clock_timestamp() AND n.session IN (SELECT session FROM held))
+           AND n.lease_until > clock_timestamp() AND n.session IN (SELECT session FROM held)),
+           EXISTS (SELECT FROM nodes n WHERE n.node = s.node AND n.session IN (SELECT session FROM held))
          FROM mqtt_sessions s WHERE s.tenant = $1 AND s.client = $2"
     ),
     types: &[Type::TEXT, Type::TEXT],
@@ -172,8 +173,14 @@ fn queues(rows: &[Row], taken: &mut [Taken]) -> Result<(), Failure> {
 impl Roaming for PostgresStore {
     async fn holder(&self, seat: &Seat) -> Result<Option<Holder>, Error> {
         let found = self.rows(&HOLDER, &[&seat.tenant.as_str(), &seat.client]).await?;
-        let holder =
-            |row: &Row| Ok::<_, Failure>(Holder { node: row.try_get(0)?, hold: hold(row, 1)?, alive: row.try_get(2)? });
+        let holder = |row: &Row| {
+            Ok::<_, Failure>(Holder {
+                node: row.try_get(0)?,
+                hold: hold(row, 1)?,
+                alive: row.try_get(2)?,
+                running: row.try_get(3)?,
+            })
+        };
         Ok(found.first().map(holder).transpose()?)
     }
 

@@ -51,6 +51,10 @@ impl Roam {
     ) -> Result<(), Error> {
         let seat = Seat { tenant: session.tenant.clone(), client: session.client.to_string() };
         let me = self.me();
+        let leaving = session.lock().leaving.take();
+        if let Some(link) = leaving {
+            link.ended().cancelled().await;
+        }
         loop {
             let Some(holder) = self.sessions.holder(&seat).await? else {
                 if !is_kept {
@@ -67,10 +71,11 @@ impl Roam {
             if is_mine && holder.hold == session.hold() {
                 return Ok(());
             }
-            let asked = (holder.alive && !is_mine).then(|| self.yielded(&holder.node, &seat));
-            let is_asked = asked.is_some() && self.bus.health() == Health::Up;
+            // One whose lease ran out while the store stood still is there all the same, and knows.
+            let asked = (holder.running && !is_mine).then(|| self.yielded(&holder.node, &seat));
+            let is_needed = asked.is_some() && holder.alive && self.bus.health() == Health::Up;
             let memory = OptionFuture::from(asked).await.flatten();
-            if is_asked && memory.is_none() {
+            if is_needed && memory.is_none() {
                 // It lives and is not done: without its memory, what the client sends again would be decided again.
                 return Err(Error::Busy);
             }
@@ -164,7 +169,7 @@ fn replace_if(
     broker: &Broker,
     space: &Space,
     session: &Arc<Session>,
-    state: State,
+    mut state: State,
     may: impl FnOnce(&State) -> bool,
 ) -> bool {
     let wanted: Vec<Subscription> = state.subscriptions.values().cloned().collect();
@@ -175,6 +180,7 @@ fn replace_if(
         }
         broker.schedule.set(session, &mut current, None);
         let (link, claiming) = (current.link.take(), current.claiming);
+        state.inherit(&mut current);
         let old = std::mem::take(&mut current.subscriptions);
         *current = State { link, claiming, ..state };
         old
@@ -226,6 +232,7 @@ pub(super) enum Meaning {
 pub(super) fn seen(broker: &Broker, me: &str, seen: Seen) -> Result<Meaning, Error> {
     let space = broker.space(&seen.seat.tenant);
     let known = space.find(&seen.seat.client);
+    let mut before = State::default();
     if let Some(session) = &known {
         let mut state = session.lock();
         if state.claiming {
@@ -242,8 +249,10 @@ pub(super) fn seen(broker: &Broker, me: &str, seen: Seen) -> Result<Meaning, Err
         }
         if state.away.is_none() {
             // Another node has it: here it is over.
+            before = State { uid: state.uid, inbound: std::mem::take(&mut state.inbound), ..State::default() };
             if let Some(link) = state.link.clone() {
                 link.close(code::TAKEN_OVER);
+                before.leaving = Some(link);
             }
             broker.schedule.set(session, &mut state, None);
             (state.gone, state.will) = (true, None);
@@ -269,6 +278,7 @@ pub(super) fn seen(broker: &Broker, me: &str, seen: Seen) -> Result<Meaning, Err
     if !is_lasting {
         state.subscriptions.clear();
     }
+    state.inherit(&mut before);
     let is_free = |current: &State| !current.claiming && (current.away.is_some() || current.link.is_none());
     Ok(if replace_if(broker, &space, &session, state, is_free) { Meaning::Nothing } else { Meaning::Doubt })
 }
