@@ -92,7 +92,7 @@ fn ranges(config: &Config, found: &mut Findings) {
     found.range(&["node", "weight"], node.weight, 1..=10_000);
     let postgres = &store.postgres;
     let at = |key| ["store", "postgres", key];
-    found.range(&at("lanes"), postgres.lanes, 1..=64);
+    found.range(&at("lanes"), postgres.lanes, 0..=64);
     found.range(&at("pool"), postgres.pool, 1..=256);
     found.range(&at("wait_ms"), postgres.wait_ms, 10..=60_000);
     found.range(&at("connect_ms"), postgres.connect_ms, 10..=60_000);

@@ -3,7 +3,7 @@
 //! Invariants: connections live on the runtime the store was opened with, whoever asks for them; no secret is logged.
 //! Tests: `tests/it/store_postgres.rs`.
 
-use std::{str::FromStr, sync::Arc, time::Duration};
+use std::{fmt::Write as _, str::FromStr, sync::Arc, time::Duration};
 
 use deadpool_postgres::{Connect, Manager, ManagerConfig, Pool, RecyclingMethod};
 use futures_util::{FutureExt, future::BoxFuture};
@@ -190,6 +190,8 @@ pub(super) fn settings(config: &config::Store, set: &str) -> String {
         "{set} statement_timeout = {}; {set} lock_timeout = {}; {set} idle_in_transaction_session_timeout = {}",
         postgres.statement_ms, postgres.lock_ms, postgres.idle_in_transaction_ms
     );
+    // Statements over arrays look cheaper planned anew for each array, and the planning costs more than it gains.
+    let _ = write!(all, "; {set} plan_cache_mode = force_generic_plan");
     // A server that waits for more than its own disk (remote_apply) is left as it is; one that waits for less is not.
     all.push_str(&match config.durability {
         Durability::Full => format!(

@@ -114,6 +114,12 @@ struct Metrics {
     queue: metrics::Gauge,
 }
 
+/// How many lanes commit: as configured, or one for each two cores. Fewer lanes make fewer and larger transactions, which cost
+/// node and server less; more of them use a server with many cores.
+fn lanes(configured: usize, cores: usize) -> usize {
+    if configured > 0 { configured } else { (cores / 2).clamp(1, 8) }
+}
+
 /// What lanes, readers and chores have in common.
 struct Shared {
     shards: u32,
@@ -214,7 +220,7 @@ impl PostgresStore {
             None => Target::new(connect::expose(&url), config, false, handle.clone())?,
         };
         connect::migrate(&direct).await?;
-        let lanes = settings.lanes.max(1);
+        let lanes = lanes(settings.lanes, std::thread::available_parallelism().map_or(1, usize::from));
         let wait = Duration::from_millis(settings.wait_ms);
         let begin =
             if pooled { format!("BEGIN; {}", connect::settings(config, "SET LOCAL")) } else { String::from("BEGIN") };
@@ -557,4 +563,10 @@ impl Store for PostgresStore {
     fn close(&self) {
         self.end(CLOSING);
     }
+}
+
+#[test]
+fn lanes_follow_the_cores_unless_they_are_set() {
+    assert_eq!([1, 2, 3, 4, 16, 64].map(|cores| lanes(0, cores)), [1, 1, 1, 2, 8, 8]);
+    assert_eq!(lanes(5, 2), 5);
 }
