@@ -484,6 +484,6 @@ mod tests {
         assert!(postgres(&|p| p.url_env = String::from("UNSET"))[0].contains("UNSET is not set"));
         assert!(postgres(&|p| p.pooler = true)[0].starts_with("store.postgres.direct_url: "));
         assert!(postgres(&|p| p.tls_ca = Some("ca.pem".into()))[0].starts_with("store.postgres.tls_ca: "));
-        assert!(postgres(&|p| p.lanes = 0)[0].starts_with("store.postgres.lanes: "));
+        assert!(postgres(&|p| p.lanes = 65)[0].starts_with("store.postgres.lanes: "));
     }
 }
