@@ -392,16 +392,18 @@ impl Lanes {
         let Some(lane) = self.lanes.get(name) else { return };
         if lane.earlier.is_empty() && lane.queue.is_empty() {
             self.lanes.remove(name);
-        } else if self.owners.owner(self.owners.shard_of(&name.0)) == Owner::Leaving {
+            return;
+        }
+        // Read once: a new batch that met an owner and then one who leaves would be lodged past what is in hand.
+        let owner = self.owners.owner(self.owners.shard_of(&name.0));
+        if owner == Owner::Leaving {
             // Nothing is taken from the lane: what is handed over meanwhile goes first.
             let call = self.number(None);
             self.park(name, Flight::new(call), now);
+        } else if let Some(flight) = self.fill(name, Flight::new(0)) {
+            self.launch(name, flight, owner, now, out);
         } else {
-            let flight = Flight::new(0);
-            match self.fill(name, flight) {
-                Some(flight) => self.launch(name, flight, now, out),
-                None => self.begin(name, now, out),
-            }
+            self.begin(name, now, out);
         }
     }
 
@@ -421,13 +423,12 @@ impl Lanes {
     }
 
     /// Brings a batch to whoever owns the instance now.
-    fn launch(&mut self, name: &LaneKey, mut flight: Flight, now: Instant, out: &mut Vec<Act>) {
+    fn launch(&mut self, name: &LaneKey, mut flight: Flight, mut owner: Owner, now: Instant, out: &mut Vec<Act>) {
         let shard = self.owners.shard_of(&name.0);
         let refused = match &flight.stage {
             Stage::Asked(node, epoch) => Some((node.clone(), *epoch)),
             _ => None,
         };
-        let mut owner = self.owners.owner(shard);
         // Whoever refused may know more than the table.
         if let Some((node, epoch)) = flight.told.take()
             && epoch > self.owners.epoch(shard)
@@ -464,7 +465,8 @@ impl Lanes {
         if flight.asked >= MOST_ASKED {
             self.lodge(name, flight, now, out)
         } else {
-            self.launch(name, flight, now, out)
+            let owner = self.owners.owner(self.owners.shard_of(&name.0));
+            self.launch(name, flight, owner, now, out)
         }
     }
 
@@ -961,6 +963,32 @@ mod tests {
         bench.lanes.moved(bench.now, &mut bench.out);
         let work = bench.sent("b");
         assert_eq!(ids(&work), ["1", "2", "3", "4"]);
+    }
+
+    /// An owner at the first look of each pair, one who leaves at the second: a table that changes between two reads.
+    struct Wavering(Mutex<bool>);
+
+    impl Owners for Wavering {
+        fn shard_of(&self, _: &InstanceKey) -> u32 {
+            0
+        }
+        fn owner(&self, _: u32) -> Owner {
+            let mut leaves = self.0.lock().unwrap();
+            *leaves = !*leaves;
+            if *leaves { at("b", 1) } else { Owner::Leaving }
+        }
+        fn epoch(&self, _: u32) -> u64 {
+            1
+        }
+        fn doubt(&self, _: u32) {}
+    }
+
+    #[test]
+    fn a_new_batch_is_not_lodged_past_an_owner_that_begins_to_leave() {
+        let (mut lanes, mut out) = (Lanes::new(Arc::new(Wavering(Mutex::default())), BOUNDS, 0, 1), Vec::new());
+        let (waiting, _end) = waiting("1", Until::Accepted, None);
+        lanes.take(&key(), waiting, Place::Last, Instant::now(), &mut out);
+        assert!(matches!(out[..], [Act::Send { .. }]), "{out:?}");
     }
 
     #[test]
