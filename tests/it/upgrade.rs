@@ -41,11 +41,7 @@ async fn a_rolling_upgrade_fails_no_request() {
     let doors: Vec<_> = cluster.nodes.iter().map(Node::client).collect();
     let senders = run_flow(doors, 12, &shut, async {
         for number in 0..3 {
-            let door = cluster.client(number);
-            cluster.nodes[number].signal(Signal::SIGTERM);
-            wait_until("readiness says no", PATIENCE, async || door.get("/health/ready").await.status == 503).await;
-            shut[number].store(true, Ordering::Release);
-            assert!(cluster.nodes[number].wait_exit(PATIENCE).await.success());
+            cluster.retire(number, &shut[number]).await;
             cluster.nodes[number].change(new);
             cluster.nodes[number].start_again().await;
             shut[number].store(false, Ordering::Release);

@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use super::{Http, Node, PATIENCE, node::Builder, postgres, redis::Redis, wait_until};
@@ -54,6 +55,15 @@ impl Cluster {
             nodes.push(change(number, Node::builder().config(&config).stable_ports()).start().await);
         }
         Self { nodes, redis, token: None }
+    }
+
+    /// Ends a node in order. Does what a balancer does: it asks for readiness, and stops sending when the answer is no.
+    pub async fn retire(&mut self, node: usize, shut: &AtomicBool) {
+        let door = self.client(node);
+        self.nodes[node].signal(Signal::SIGTERM);
+        wait_until("readiness says no", PATIENCE, async || door.get("/health/ready").await.status == 503).await;
+        shut.store(true, Ordering::Release);
+        assert!(self.nodes[node].wait_exit(PATIENCE).await.success());
     }
 
     /// A client of a node.
