@@ -57,6 +57,7 @@ fn question(text: &str) -> Question {
         recent: vec![],
         now: Millis(0),
         deadline: Duration::from_secs(120),
+        tools: std::sync::Arc::new(sophont::cognition::toolbox::Empty),
     }
 }
 

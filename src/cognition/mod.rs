@@ -1,12 +1,13 @@
 //! How an instance thinks: reflexes (rules), and engines that decide when no rule does.
 //!
-//! Owns: the [`Engine`] port and the built-in engines. Not here: memory (recollection is handed in), the commit of what was
+//! Owns: the [`Engine`] port, the built-in engines, and the [`Toolbox`] port through which they use tools. Not here: memory (recollection is handed in), the commit of what was
 //! thought (`instance`), and any knowledge of actors or stores.
 //! Tests: rules and actions at the foot of `reflex.rs`; engines at the foot of their files and in `tests/it/thinking.rs`.
 
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
 
 use crate::types::{
     Channel, EpisodeDraft, Fault, InstanceId, InstanceKey, Kind, Millis, Profile, RawJson, Reply, StateDoc, Stimulus,
@@ -18,11 +19,14 @@ mod engines;
 pub mod llm;
 pub mod reflex;
 pub mod scripted;
+pub mod toolbox;
 
 pub use engines::Engines;
+pub use toolbox::Toolbox;
 
-/// A decision's building block. Rules and engines both yield these; `instance::turn` turns them into one record.
-#[derive(Debug, Clone, PartialEq)]
+/// A decision's building block. Rules, engines and tools yield these; `instance::turn` turns them into one record. As JSON it
+/// stands in the journal of a turn under way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Action {
     /// Answer the sender. A later reply in the same turn replaces an earlier one.
     Reply(Reply),
@@ -104,6 +108,8 @@ pub struct Question {
     pub now: Millis,
     /// Longest time this may take.
     pub deadline: Duration,
+    /// The tools of the node.
+    pub tools: Arc<dyn Toolbox>,
 }
 
 /// What an engine decided.

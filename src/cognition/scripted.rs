@@ -208,6 +208,7 @@ mod tests {
             recent: vec![],
             now: Millis(0),
             deadline: Duration::from_secs(60),
+            tools: Arc::new(crate::cognition::toolbox::Empty),
         }
     }
 

@@ -7,7 +7,7 @@ use std::{
 
 use super::{Error, events::Hub, turn::Mind};
 use crate::{
-    cognition::{Engines, reflex::RuleSet},
+    cognition::{Engines, Toolbox, reflex::RuleSet, toolbox},
     config::{self, Config, MqttMode},
     runtime::clock::Clock,
     scaling::cache::StateCache,
@@ -36,6 +36,8 @@ pub struct Environment {
     pub max_inbox: usize,
     /// Longest thinking for one turn.
     pub think: Duration,
+    /// The tools engines may use; none until `node` plugs them in.
+    pub toolbox: Arc<dyn Toolbox>,
     /// Instances in memory.
     pub active: AtomicUsize,
     /// Most instances in memory.
@@ -67,6 +69,7 @@ impl Environment {
             twin: config.mqtt.mode != MqttMode::Off,
             max_inbox: config.instances.max_inbox,
             think: Duration::from_secs(config.cognition.think_seconds),
+            toolbox: Arc::new(toolbox::Empty),
             active: AtomicUsize::new(0),
             max_active: config.scaling.max_consciousness_instances,
             idle: Duration::from_secs(config.instances.idle_passivate_seconds),

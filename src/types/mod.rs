@@ -14,6 +14,7 @@ pub mod profile;
 pub mod state;
 pub mod stimulus;
 pub mod time;
+pub mod tool;
 pub mod turn;
 pub mod words;
 
@@ -26,4 +27,5 @@ pub use profile::{Profile, RuleSpec};
 pub use state::{StateDoc, StateSnapshot};
 pub use stimulus::{Priority, ReplyTo, Source, Stimulus};
 pub use time::Millis;
+pub use tool::{ToolCall, ToolResult, ToolSpec};
 pub use turn::{Effect, EffectKind, EpisodeDraft, Outcome, Reply, StateChange, TurnRecord, Usage};

@@ -227,6 +227,7 @@ fn question(text: &str, deadline: Duration) -> Question {
         recent: vec![],
         now: Millis(1_795_237_853_120),
         deadline,
+        tools: std::sync::Arc::new(sophont::cognition::toolbox::Empty),
     }
 }
 

@@ -126,6 +126,7 @@ mod tests {
             recent: vec![],
             now: Millis(1_795_237_853_120),
             deadline: Duration::from_secs(1),
+            tools: Arc::new(crate::cognition::toolbox::Empty),
         }
     }
 

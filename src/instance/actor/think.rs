@@ -49,6 +49,7 @@ impl InstanceActor {
             recent: Vec::new(),
             now: environment.clock.now(),
             deadline: mind.profile.limits.think_seconds.map_or(environment.think, |s| Duration::from_secs(s.into())),
+            tools: environment.toolbox.clone(),
         };
         self.kept.state = State::Open(state);
         if slow {
