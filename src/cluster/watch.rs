@@ -2,7 +2,9 @@
 //!
 //! Owns: who here watches what of other nodes ([`Audience`]), and what of this node others watch. Not here: watches and drafts
 //! themselves (`instance::events`), streams to clients (`gateway`). What is told is a hint: a stream that misses it asks the
-//! store. A watch is said again now and then, so that it follows the instance when it moves; one not said again ends.
+//! store. A watch is said again now and then, so that it follows the instance when it moves; one not said again ends. An owner
+//! answers a watch at once, with no events if there is nothing to tell: from then on nothing is missed, and what happened
+//! before is in the store.
 //! Tests: `tests/it/forward.rs`.
 
 use std::{
@@ -30,6 +32,9 @@ use crate::{
 const LASTS: Duration = Duration::from_secs(30);
 /// It is said again this often.
 const AGAIN: Duration = Duration::from_secs(10);
+/// Until its owner answers, so soon at first, then after pauses that double: it may have heard of the watch before it had
+/// opened the shard.
+const UNANSWERED: Duration = Duration::from_millis(250);
 /// Most instances watched from here on other nodes, and most watches of other nodes here.
 const MOST: usize = 16_384;
 /// Most events of one message.
@@ -53,7 +58,28 @@ struct Inner {
 #[derive(Default)]
 struct Wanted {
     over: bool,
-    said: Option<(NodeId, Instant)>,
+    /// Whether it may have happened elsewhere since it was last known to happen here.
+    away: bool,
+    said: Option<Said>,
+}
+
+/// A watch that an owner was told of.
+struct Said {
+    to: NodeId,
+    at: Instant,
+    /// When it is said again.
+    pause: Duration,
+}
+
+impl Said {
+    fn is_due(&self, owner: &NodeId, now: Instant) -> bool {
+        self.to != *owner || now.duration_since(self.at) >= self.pause
+    }
+
+    /// The next pause, when the same owner is told once more.
+    fn next_pause(last: Option<&Self>, owner: &NodeId) -> Duration {
+        last.filter(|last| last.to == *owner).map_or(UNANSWERED, |last| (last.pause * 2).min(AGAIN))
+    }
 }
 
 struct Lent {
@@ -105,27 +131,39 @@ impl Watches {
     /// Says to owners what is watched here: at once when that changes, and again now and then.
     async fn say(&self) {
         loop {
-            let _ = tokio::time::timeout(AGAIN / 2, self.0.changed.notified()).await;
+            let open = self.wanted().values().any(|wanted| wanted.said.as_ref().is_some_and(|said| said.pause < AGAIN));
+            let pause = if open { UNANSWERED } else { AGAIN / 2 };
+            let _ = tokio::time::timeout(pause, self.0.changed.notified()).await;
             let now = Instant::now();
-            self.wanted().retain(|key, wanted| self.say_one(key, wanted, now));
+            let mut came = Vec::new();
+            self.wanted().retain(|key, wanted| {
+                let owner = self.0.forwarder.owner_of(key);
+                if std::mem::replace(&mut wanted.away, !is_here(&owner)) && is_here(&owner) {
+                    came.push(key.clone());
+                }
+                self.say_one(key, wanted, owner, now)
+            });
+            // Only now: the hub is never used under the lock, which it takes itself.
+            came.iter().for_each(|key| self.0.hub.missed(key));
         }
     }
 
     /// Whether it is still wanted.
-    fn say_one(&self, key: &InstanceKey, wanted: &mut Wanted, now: Instant) -> bool {
+    fn say_one(&self, key: &InstanceKey, wanted: &mut Wanted, owner: Owner, now: Instant) -> bool {
         if wanted.over {
-            if let Some((node, _)) = &wanted.said {
-                self.tell(node, key, Duration::ZERO);
+            if let Some(said) = &wanted.said {
+                self.tell(&said.to, key, Duration::ZERO);
             }
             return false;
         }
-        let Owner::Node { node, .. } = self.0.forwarder.owner_of(key) else {
+        let Owner::Node { node, .. } = owner else {
             wanted.said = None;
             return true;
         };
-        let due = wanted.said.as_ref().is_none_or(|(said, at)| *said != node || now.duration_since(*at) >= AGAIN);
+        let due = wanted.said.as_ref().is_none_or(|said| said.is_due(&node, now));
         if due && self.tell(&node, key, LASTS) {
-            wanted.said = Some((node, now));
+            let pause = Said::next_pause(wanted.said.as_ref(), &node);
+            wanted.said = Some(Said { to: node, at: now, pause });
         }
         true
     }
@@ -137,10 +175,19 @@ impl Watches {
     }
 
     fn follow(&self, from: &NodeId, message::Events { key, draft, events }: message::Events) {
+        let begins = events.is_empty();
+        if let Some(said) = self.wanted().get_mut(&key).and_then(|wanted| wanted.said.as_mut())
+            && said.to == *from
+        {
+            said.pause = AGAIN;
+        }
         let draft = draft.map(|draft| Draft { stimulus: draft.stimulus, tokens: draft.tokens });
         let events = events.into_iter().map(happened).collect();
         if !self.0.hub.follow(&key, draft, events) {
             self.tell(from, &key, LASTS);
+        }
+        if begins {
+            self.0.hub.missed(&key);
         }
     }
 
@@ -158,7 +205,7 @@ impl Watches {
             *already.until.lock().unwrap_or_else(PoisonError::into_inner) = until;
             return already.again.notify_one();
         }
-        if lasts.is_zero() || lent.len() >= MOST || self.0.forwarder.owner_of(&name.1) != Owner::Here {
+        if lasts.is_zero() || lent.len() >= MOST || !is_here(&self.0.forwarder.owner_of(&name.1)) {
             return;
         }
         let watch = Arc::new(Lent { until: Mutex::new(until), again: Notify::new() });
@@ -173,7 +220,7 @@ impl Watches {
     /// Tells another node what happens to an instance, while it wants to know and the instance is here.
     async fn tell_on(&self, to: &NodeId, key: &InstanceKey, lent: &Lent) {
         let mut watch = self.0.hub.watch_for_another(key);
-        self.send(to, key, watch.draft.take(), Vec::new());
+        self.begin(to, key, watch.draft.take());
         loop {
             let until = *lent.until.lock().unwrap_or_else(PoisonError::into_inner);
             if until <= Instant::now() {
@@ -184,32 +231,40 @@ impl Watches {
                 () = lent.again.notified() => None,
                 () = tokio::time::sleep_until(until.into()) => continue,
             };
-            if self.0.forwarder.owner_of(key) != Owner::Here {
+            if !is_here(&self.0.forwarder.owner_of(key)) {
                 return;
             }
             match event {
                 Some(Ok(first)) => {
                     let events = more(first, &mut watch);
-                    self.send(to, key, None, events);
+                    if !events.is_empty() {
+                        self.send(to, key, events);
+                    }
                 }
                 Some(Err(RecvError::Lagged(_))) => {
                     watch = self.0.hub.watch_for_another(key);
-                    self.send(to, key, watch.draft.take(), Vec::new());
+                    self.begin(to, key, watch.draft.take());
                 }
                 Some(Err(RecvError::Closed)) => return,
-                None => self.send(to, key, self.0.hub.watch_for_another(key).draft.take(), Vec::new()),
+                None => self.begin(to, key, self.0.hub.watch_for_another(key).draft.take()),
             }
         }
     }
 
-    /// Events that are too large for a message are left out: whoever follows reads the log.
-    fn send(&self, to: &NodeId, key: &InstanceKey, draft: Option<Draft>, events: Vec<Happened>) {
-        if draft.is_none() && events.is_empty() {
-            return;
-        }
+    /// What is being answered, if anything is: from here on everything is told. A draft that is too large for a message is left
+    /// out: its turn comes.
+    fn begin(&self, to: &NodeId, key: &InstanceKey, draft: Option<Draft>) {
         let draft = draft.map(|draft| message::Draft { stimulus: draft.stimulus, tokens: draft.tokens });
+        let events = |draft| Message::Events(message::Events { key: key.clone(), draft, events: Vec::new() });
+        if let Err(Error::TooLarge(_)) = self.0.forwarder.bus().send(to, &events(draft)) {
+            self.0.forwarder.bus().hint(to, &events(None));
+        }
+    }
+
+    /// Events that are too large for a message are left out: whoever follows reads the log.
+    fn send(&self, to: &NodeId, key: &InstanceKey, events: Vec<Happened>) {
         let bus = self.0.forwarder.bus();
-        let message = Message::Events(message::Events { key: key.clone(), draft, events });
+        let message = Message::Events(message::Events { key: key.clone(), draft: None, events });
         if let Err(Error::TooLarge(_)) = bus.send(to, &message)
             && let Message::Events(message::Events { events, .. }) = message
             && events.len() > 1
@@ -238,14 +293,19 @@ impl Audience for Watches {
     }
 }
 
+/// Whether an instance with this owner lives here: also while its shard is being given away, until what is in hand is done.
+fn is_here(owner: &Owner) -> bool {
+    matches!(owner, Owner::Here | Owner::Leaving)
+}
+
 /// What is there already goes with it.
 fn more(first: Event, watch: &mut Watch) -> Vec<Happened> {
     let rest = std::iter::from_fn(|| watch.events.try_recv().ok());
-    std::iter::once(first).chain(rest).take(MOST_EVENTS).map(wire).collect()
+    std::iter::once(first).chain(rest).take(MOST_EVENTS).filter_map(wire).collect()
 }
 
-fn wire(event: Event) -> Happened {
-    match event {
+fn wire(event: Event) -> Option<Happened> {
+    Some(match event {
         Event::Accepted(stimulus) => Happened::Accepted(stimulus),
         Event::Thinking(stimulus) => Happened::Thinking(stimulus),
         Event::Token { stimulus, index, text } => Happened::Token { stimulus, index, text },
@@ -254,7 +314,9 @@ fn wire(event: Event) -> Happened {
         Event::Dead(letter) => Happened::Dead(Box::new(Letter::from(&*letter))),
         Event::Profile => Happened::Profile,
         Event::Forgotten => Happened::Forgotten,
-    }
+        // Of matter to those here only: each node asks the store for itself.
+        Event::Missed => return None,
+    })
 }
 
 fn happened(happened: Happened) -> Event {

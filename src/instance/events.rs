@@ -47,6 +47,8 @@ pub enum Event {
     Profile,
     /// The instance was forgotten. Nothing follows.
     Forgotten,
+    /// It lived on another node, and what happened there may not have been told: the store knows.
+    Missed,
 }
 
 /// The answer being thought.
@@ -154,7 +156,7 @@ impl Entry {
             }
             Event::Turn(turn) => drop(self.draft.take_if(|draft| draft.stimulus == turn.stimulus.id)),
             Event::Dead(dead) => drop(self.draft.take_if(|draft| draft.stimulus == dead.stimulus.id)),
-            Event::Accepted(_) | Event::Profile | Event::Forgotten => {}
+            Event::Accepted(_) | Event::Profile | Event::Forgotten | Event::Missed => {}
         }
         if !known && !missing {
             self.tell(event);
@@ -254,6 +256,11 @@ impl Hub {
             let missing = events.into_iter().map(|event| entry.take(event)).filter(|whole| !whole).count();
             missing == 0
         })
+    }
+
+    /// Tells the watchers of an instance that something may have happened which they were not told.
+    pub fn missed(&self, key: &InstanceKey) {
+        self.with(|map| map.get(key).into_iter().for_each(|entry| entry.tell(Event::Missed)));
     }
 
     /// Tells the watchers of an instance, and keeps the draft of its answer in step.

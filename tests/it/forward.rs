@@ -597,6 +597,34 @@ async fn what_happens_to_an_instance_is_watched_from_another_node_and_after_a_mo
     wait_until("nobody watches any more", PATIENCE, async || c.hub.is_empty() && b.hub.is_empty()).await;
 }
 
+/// Waits until the watch says that the store should be asked.
+async fn told_to_look(watch: &mut sophont::instance::events::Watch) {
+    let missed = async { while !matches!(watch.events.recv().await.unwrap(), Event::Missed) {} };
+    tokio::time::timeout(PATIENCE, missed).await.expect("whoever watches is told to look into the store");
+}
+
+#[actix_rt::test]
+async fn an_instance_whose_shard_is_on_its_way_out_is_watched_where_it_still_thinks() {
+    let network = Network::default();
+    let cluster = Cluster::of(&network, &["a", "b", "c"]).await;
+    let (key, id) = (key_in(0), StimulusId::generate());
+    let [a, b, c] = &cluster.nodes[..] else { panic!("three nodes") };
+    a.hub.begin_draft(&key, &id);
+    a.table.leaving.lock().unwrap().insert(0);
+    let mut watch = b.hub.watch(&key);
+    assert_eq!(told(&mut watch).await, "thinking");
+    a.hub.token(&key, "x");
+    assert_eq!(told(&mut watch).await, "0x");
+    told_to_look(&mut watch).await;
+
+    // What the new owner did before it heard of the watch is in the store, and whoever watches is told to look there.
+    a.hub.end_draft(&key);
+    cluster.give(0, 2).await;
+    a.shards.drop_now(0);
+    c.decided(&key, "before").await;
+    told_to_look(&mut watch).await;
+}
+
 #[actix_rt::test]
 async fn over_redis_order_holds_while_it_is_killed_and_comes_back() {
     let mut redis = Redis::start().await;

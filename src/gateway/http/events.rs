@@ -184,6 +184,7 @@ impl Stream {
             Event::Restart(id) => self.step(&id, "restart").await,
             Event::Token { stimulus, index, text } => self.token(&stimulus, index, &text).await,
             Event::Dead(dead) => self.send("dead", &DeadLetterView::from(&*dead)).await,
+            Event::Missed => self.replay().await,
             Event::Profile => self.send("profile", &json!({})).await,
             Event::Forgotten => {
                 self.send("forgotten", &json!({})).await?;

@@ -235,6 +235,10 @@ impl Follow {
             Event::Restart(id) if id == self.stimulus => self.restart().await,
             Event::Turn(turn) if turn.stimulus.id == self.stimulus => self.turn(&turn).await,
             Event::Dead(dead) if dead.stimulus.id == self.stimulus => self.dead(&dead).await,
+            Event::Missed => {
+                let known = self.find().await?;
+                self.settle(known).await
+            }
             Event::Forgotten => self.problem(Refusal::NoStimulus.into()).await,
             _ => Ok(()),
         }
