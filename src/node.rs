@@ -3,6 +3,8 @@
 //! Not here: any decision. Reading this file top to bottom is reading the house.
 //! Tests: everything under `tests/it` that starts a node.
 
+mod live;
+
 use std::{
     net::{SocketAddr, TcpListener},
     path::PathBuf,
@@ -12,6 +14,7 @@ use std::{
 
 use actix_rt::Arbiter;
 use async_trait::async_trait;
+use tokio::sync::watch;
 
 use crate::{
     cluster::{
@@ -19,7 +22,7 @@ use crate::{
         member::{self, Member},
         shards::Shards,
     },
-    config::{Backend, Config, MqttMode},
+    config::{Backend, Config, MqttMode, live::Change},
     delivery::{Acceptor, Courier, Publisher},
     gateway::{
         auth::{self, Authenticator},
@@ -43,6 +46,8 @@ use crate::{
     telemetry::prometheus,
     types::{Fault, InstanceKey, Kind, Stimulus},
 };
+
+pub use live::Refused;
 
 /// Why a node cannot start.
 #[derive(Debug, thiserror::Error)]
@@ -128,6 +133,7 @@ pub struct Node {
     arbiters: Vec<Arbiter>,
     edge: Edge,
     store: Arc<dyn Store>,
+    live: live::Live,
     patience: Duration,
     leave: Duration,
 }
@@ -232,7 +238,7 @@ impl Node {
             handle: edge.handle.clone(),
         })
         .await?;
-        let router = Router::new(environment, shards, Some(member.clone()));
+        let router = Router::new(environment.clone(), shards, Some(member.clone()));
 
         let door = match config.mqtt.mode {
             MqttMode::Off => Door::Off,
@@ -284,11 +290,9 @@ impl Node {
         .map_err(part)?;
         edge.handle.spawn(Courier::follow(courier.scope(), member.scope()));
         member.deliver_with(courier.leaving());
-        edge.handle.spawn(scan(
-            router.clone(),
-            drain.clone(),
-            Duration::from_secs(config.instances.scan_seconds.max(1)),
-        ));
+        let (scan_period, period) = watch::channel(live::scan_period(config));
+        edge.handle.spawn(scan(router.clone(), drain.clone(), period));
+        let live = live::Live::new(config.clone(), live::Parts { environment, scan: scan_period }, clock.clone());
 
         let parts = http::Parts {
             router: router.clone(),
@@ -322,6 +326,7 @@ impl Node {
             arbiters,
             edge,
             store,
+            live,
             patience,
             leave,
         })
@@ -363,6 +368,20 @@ impl Node {
             tracing::error!("the store did not close cleanly");
         }
         drop(self.edge);
+    }
+
+    /// The settings in force.
+    pub fn settings(&self) -> Arc<Config> {
+        self.live.config()
+    }
+
+    /// Goes by new settings from here on, by all of them or none; returns what changed. Cancelling it leaves all or none
+    /// in force.
+    ///
+    /// # Errors
+    /// [`Refused`] says what keeps the settings as they are.
+    pub async fn adopt(&self, new: Config) -> Result<Vec<Change>, Refused> {
+        self.live.adopt(new).await
     }
 
     /// The way into instances, for tests that build a node in their own process.
@@ -429,15 +448,18 @@ async fn open_store(config: &Config, clock: &Clock, handle: &tokio::runtime::Han
 }
 
 /// Looks for waiting stimuli nobody was woken for: at once after a start, then now and then.
-async fn scan(router: Router, drain: Drain, period: Duration) {
+async fn scan(router: Router, drain: Drain, mut period: watch::Receiver<Duration>) {
     loop {
         match router.wake_waiting().await {
             Ok(0) => {}
             Ok(woken) => tracing::debug!(woken, "instances with stimuli waiting were woken"),
             Err(error) => tracing::warn!(%error, "the scan for waiting stimuli failed"),
         }
+        let pause = *period.borrow_and_update();
         tokio::select! {
-            () = tokio::time::sleep(period) => {}
+            () = tokio::time::sleep(pause) => {}
+            // A shorter period begins at once. Without a sender the node is gone.
+            changed = period.changed() => if changed.is_err() { return },
             () = drain.draining() => return,
         }
     }

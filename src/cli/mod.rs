@@ -18,6 +18,7 @@ mod failure;
 mod inspect;
 pub mod load;
 mod out;
+mod reload;
 mod serve;
 mod settings;
 

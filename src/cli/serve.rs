@@ -10,7 +10,10 @@ use tokio::{
     time::{MissedTickBehavior, interval, timeout},
 };
 
-use super::{Failure, SettingsArgs, out};
+use super::{
+    Failure, SettingsArgs, out,
+    reload::{Cause, Reload},
+};
 use crate::{
     config::{Backend, Config, Durability, Loaded, MqttMode},
     node::{self, Node},
@@ -27,18 +30,21 @@ const DRAIN_GRACE: Duration = Duration::from_secs(5);
 
 /// Serves until a signal, then drains.
 pub(super) fn run(args: &SettingsArgs) -> Result<ExitCode, Failure> {
+    let mut reload = Reload::new(args);
     let loaded = args.load()?;
+    reload.settle(&loaded);
     log::install(&loaded.config.telemetry, &loaded.config.node.name())
         .map_err(|error| Failure::new(error.to_string()))?;
     prometheus::install();
     warn(&loaded.config);
-    node::system(serve(&loaded))
+    node::system(serve(&loaded, reload))
 }
 
-async fn serve(loaded: &Loaded) -> Result<ExitCode, Failure> {
+async fn serve(loaded: &Loaded, mut reload: Reload) -> Result<ExitCode, Failure> {
     let config = &loaded.config;
     // Before the node starts, so that an early signal is not the default, which kills.
     let mut signals = Signals::new()?;
+    let mut hangup = hangup()?;
     let node = tokio::select! {
         started = Node::start(config) => started.map_err(|error| Failure::of(&error))?,
         signal = signals.next() => {
@@ -54,6 +60,8 @@ async fn serve(loaded: &Loaded) -> Result<ExitCode, Failure> {
             tokio::select! {
                 signal = signals.next() => break signal,
                 _ = upkeep.tick() => prometheus::upkeep(),
+                cause = reload.changed() => reload.now(&node, cause).await,
+                _ = hangup.recv() => reload.now(&node, Cause::Signal).await,
             }
         }
     };
@@ -120,6 +128,11 @@ impl Signals {
             _ = self.terminate.recv() => Asked::Terminate,
         }
     }
+}
+
+/// SIGHUP: the settings are read again.
+fn hangup() -> Result<Signal, Failure> {
+    signal(SignalKind::hangup()).map_err(|error| Failure::new(format!("cannot listen for signals: {error}")))
 }
 
 /// Settings that are fine and that somebody may regret.

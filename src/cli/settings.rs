@@ -3,11 +3,16 @@
 use std::process::ExitCode;
 
 use super::{Failure, SettingsArgs, out};
+use crate::config::live::LIVE;
 
-/// `sophont config check`: `ok`, or everything that is wrong.
+/// `sophont config check`: `ok` and which settings change while a node runs, or everything that is wrong.
 pub(super) fn check(args: &SettingsArgs) -> Result<ExitCode, Failure> {
     args.load()?;
-    out::out("ok\n");
+    let mut answer = String::from("ok\nchange while a node runs, all others need a restart:\n");
+    for key in LIVE {
+        answer.push_str(&format!("  {}\n", key.name));
+    }
+    out::out(&answer);
     Ok(ExitCode::SUCCESS)
 }
 

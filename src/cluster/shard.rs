@@ -90,7 +90,7 @@ impl ShardActor {
     /// Lets the longest unused of a sample go, when the node holds its limit of instances. Residents leave a moment later,
     /// so up to an eighth more is tolerated meanwhile.
     fn make_room(&mut self, ctx: &Context<Self>) -> Option<()> {
-        let (active, limit) = (self.environment.active.load(Ordering::Acquire), self.environment.max_active);
+        let (active, limit) = (self.environment.active.load(Ordering::Acquire), self.environment.limits.max_active());
         if active < limit {
             return Some(());
         }
@@ -111,13 +111,13 @@ impl ShardActor {
     /// How many residents of this shard should go though they are not idle for long, so that other shards find room when
     /// the node is nearly at its limit: this shard's share of what exceeds 15/16 of it.
     fn surplus(&self) -> usize {
-        let (active, limit) = (self.environment.active.load(Ordering::Acquire), self.environment.max_active);
+        let (active, limit) = (self.environment.active.load(Ordering::Acquire), self.environment.limits.max_active());
         let excess = active.saturating_sub(limit - limit / 16);
         if active < limit { 0 } else { (excess * self.residents.len()).div_ceil(active.max(1)) }
     }
 
     fn sweep(&mut self, ctx: &Context<Self>) {
-        let idle = u32::try_from(self.environment.idle.as_secs()).unwrap_or(u32::MAX);
+        let idle = u32::try_from(self.environment.limits.idle().as_secs()).unwrap_or(u32::MAX);
         let len = self.residents.len();
         let mut surplus = self.surplus();
         let mut leaving = Vec::new();

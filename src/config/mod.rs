@@ -1,7 +1,8 @@
 //! Settings: one struct per section, defaults from `config/default.toml`, then file, environment, flags.
 //!
 //! Owns: the structs (here), layers and decoding (`load.rs`), ranges and settings that need each other (`check.rs`), the
-//! printed form (`print.rs`), what is wrong and where (`error.rs`).
+//! printed form (`print.rs`), what is wrong and where (`error.rs`),
+//! what changes while a node runs (`live.rs`, `watch.rs`).
 //! Not here: validation of things only their owner understands (rules, topics, log filters).
 //! A new key: a field here, a line with its comment in `config/default.toml`, a range in `check.rs`.
 //! Tests: at the foot of each file; `tests/it/config.rs` drives the binary.
@@ -15,9 +16,11 @@ use crate::types::{InstanceId, Roles, Scope, Strategy, TenantId, profile::Engine
 mod check;
 pub mod env;
 mod error;
+pub mod live;
 mod load;
 mod print;
 mod tree;
+pub mod watch;
 
 pub use error::{Error, Origin, Problem};
 pub use load::{DEFAULT_TOML, Loaded, Sources, USUAL_FILE, load};

@@ -1,7 +1,10 @@
 //! What all instances of a node share: store, clock, engines, limits, figures. Handed in once, by `node`.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError, Weak, atomic::AtomicUsize},
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
@@ -16,7 +19,7 @@ use crate::{
     types::{Profile, Stimulus},
 };
 
-/// Shared by every instance of the node; immutable but for its counters.
+/// Shared by every instance of the node; immutable but for its counters and [`Limits`].
 pub struct Environment {
     /// The truth.
     pub store: Arc<dyn Store>,
@@ -34,16 +37,12 @@ pub struct Environment {
     pub twin: bool,
     /// Most stimuli waiting for one instance.
     pub max_inbox: usize,
-    /// Longest thinking for one turn.
-    pub think: Duration,
     /// The tools engines may use; none until `node` plugs them in.
     pub toolbox: Arc<dyn Toolbox>,
     /// Instances in memory.
     pub active: AtomicUsize,
-    /// Most instances in memory.
-    pub max_active: usize,
-    /// Idle instances leave memory after this.
-    pub idle: Duration,
+    /// Limits that change while the node runs.
+    pub limits: Limits,
     /// Figures.
     pub metrics: Metrics,
     /// Faults on demand.
@@ -68,14 +67,60 @@ impl Environment {
             default_mind,
             twin: config.mqtt.mode != MqttMode::Off,
             max_inbox: config.instances.max_inbox,
-            think: Duration::from_secs(config.cognition.think_seconds),
             toolbox: Arc::new(toolbox::Empty),
             active: AtomicUsize::new(0),
-            max_active: config.scaling.max_consciousness_instances,
-            idle: Duration::from_secs(config.instances.idle_passivate_seconds),
+            limits: Limits::of(config),
             metrics: Metrics::default(),
             faults: Faults::of(&config.faults),
         })
+    }
+}
+
+/// Limits that change while the node runs. Each is read anew wherever it counts.
+#[derive(Debug)]
+pub struct Limits {
+    max_active: AtomicUsize,
+    idle: AtomicU64,
+    think: AtomicU64,
+}
+
+impl Limits {
+    fn of(config: &Config) -> Self {
+        Self {
+            max_active: AtomicUsize::new(config.scaling.max_consciousness_instances),
+            idle: AtomicU64::new(config.instances.idle_passivate_seconds),
+            think: AtomicU64::new(config.cognition.think_seconds),
+        }
+    }
+
+    /// Most instances in memory.
+    pub fn max_active(&self) -> usize {
+        self.max_active.load(Ordering::Relaxed)
+    }
+
+    /// Idle instances leave memory after this.
+    pub fn idle(&self) -> Duration {
+        Duration::from_secs(self.idle.load(Ordering::Relaxed))
+    }
+
+    /// Longest thinking for one turn, where the profile does not say.
+    pub fn think(&self) -> Duration {
+        Duration::from_secs(self.think.load(Ordering::Relaxed))
+    }
+
+    /// From here on at most so many; those that are too many leave within seconds, the ones idle for longest first.
+    pub fn set_max_active(&self, most: usize) {
+        self.max_active.store(most, Ordering::Relaxed);
+    }
+
+    /// From here on they leave after this, in whole seconds.
+    pub fn set_idle(&self, after: Duration) {
+        self.idle.store(after.as_secs(), Ordering::Relaxed);
+    }
+
+    /// For thoughts that begin from here on, in whole seconds.
+    pub fn set_think(&self, longest: Duration) {
+        self.think.store(longest.as_secs(), Ordering::Relaxed);
     }
 }
 

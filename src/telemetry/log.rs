@@ -3,7 +3,7 @@
 //! Owns: the subscriber, its filter, the node's name in every line. Not here: what is logged (each module, where it is
 //! handled). Standard output is for contract lines. Tests: at the foot; `tests/it/cli.rs` reads the binary's log.
 
-use std::{fmt, io::IsTerminal};
+use std::{fmt, io::IsTerminal, sync::OnceLock};
 
 use tracing::{Event, Subscriber};
 use tracing_subscriber::{
@@ -14,6 +14,7 @@ use tracing_subscriber::{
     },
     layer::SubscriberExt,
     registry::LookupSpan,
+    reload,
     util::SubscriberInitExt,
 };
 
@@ -67,7 +68,7 @@ pub fn is_for_people(format: LogFormat) -> bool {
 /// # Errors
 /// [`Error`]; only the first call can succeed.
 pub fn install(telemetry: &Telemetry, node: &str) -> Result<(), Error> {
-    let filter = filter(&telemetry.log)?;
+    let (filter, change) = reload::Layer::new(filter(&telemetry.log)?);
     let layer: Box<dyn Layer<Registry> + Send + Sync> = if is_for_people(telemetry.log_format) {
         let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
         tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(colour).with_filter(filter).boxed()
@@ -76,7 +77,27 @@ pub fn install(telemetry: &Telemetry, node: &str) -> Result<(), Error> {
         let layer = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).fmt_fields(JsonFields::new());
         layer.event_format(format).with_filter(filter).boxed()
     };
-    tracing_subscriber::registry().with(layer).try_init().map_err(|_| Error::Installed)
+    tracing_subscriber::registry().with(layer).try_init().map_err(|_| Error::Installed)?;
+    // Only the first call comes here.
+    let _ = CHANGE.set(change);
+    Ok(())
+}
+
+/// The filter of this process's log.
+static CHANGE: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
+
+/// From here on this is logged; before [`install`] nothing happens.
+///
+/// # Errors
+/// [`Error::Filter`]; the log stays as it is.
+pub fn change(text: &str) -> Result<(), Error> {
+    let filter = filter(text)?;
+    match CHANGE.get() {
+        Some(change) => {
+            change.reload(filter).map_err(|error| Error::Filter { filter: text.to_owned(), reason: error.to_string() })
+        }
+        None => Ok(()),
+    }
 }
 
 /// The library's JSON line with the node's name as its first field.

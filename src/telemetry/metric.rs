@@ -135,6 +135,12 @@ metrics! {
     BALANCER_STALE = Counter "sophont_cluster_stale_loads_total";
     /// News left out because the load balancer was behind.
     BALANCER_LEFT_OUT = Counter "sophont_cluster_left_out_reports_total";
+    /// The value in force of each setting that is a number and changes while the node runs, by key.
+    CONFIG_VALUE = Gauge "sophont_config_value";
+    /// Times the settings were read again, by result (`applied`, `unchanged`, `refused`).
+    CONFIG_RELOADS = Counter "sophont_config_reloads_total";
+    /// When settings last changed, in seconds since 1970; 0 or absent if never.
+    CONFIG_CHANGED = Gauge "sophont_config_changed_timestamp_seconds";
     /// Stimuli for instances of other nodes, by way (`sent`, `lodged`); one may go both ways.
     FORWARDED = Counter "sophont_cluster_forwarded_stimuli_total";
     /// Stimuli on their way to other nodes and not durable yet.
@@ -150,8 +156,19 @@ mod tests {
     use super::*;
 
     /// Modules that may stand in a name: folders of `src`, or the door's own name.
-    const MODULES: [&str; 10] =
-        ["http", "mqtt", "instance", "store", "delivery", "cognition", "cache", "cluster", "memory", "scaling"];
+    const MODULES: [&str; 11] = [
+        "config",
+        "http",
+        "mqtt",
+        "instance",
+        "store",
+        "delivery",
+        "cognition",
+        "cache",
+        "cluster",
+        "memory",
+        "scaling",
+    ];
 
     fn is_well_formed(metric: &Metric) -> bool {
         let Some(rest) = metric.name.strip_prefix("sophont_") else { return false };

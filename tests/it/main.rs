@@ -30,6 +30,7 @@ mod ownership_contract;
 mod panic;
 mod roaming;
 mod row_security;
+mod settings;
 mod store_contract;
 mod store_model;
 mod store_postgres;

@@ -48,7 +48,11 @@ impl InstanceActor {
             recollection: Vec::new(),
             recent: Vec::new(),
             now: environment.clock.now(),
-            deadline: mind.profile.limits.think_seconds.map_or(environment.think, |s| Duration::from_secs(s.into())),
+            deadline: mind
+                .profile
+                .limits
+                .think_seconds
+                .map_or_else(|| environment.limits.think(), |s| Duration::from_secs(s.into())),
             tools: environment.toolbox.clone(),
         };
         self.kept.state = State::Open(state);

@@ -1,0 +1,152 @@
+//! The settings in force, and who is told when they change.
+//!
+//! Owns: what a running node goes by ([`Live`]), the one reader of each live setting ([`READERS`]). Not here: which settings
+//! are live and what changed (`config::live`), reading the file again (`cli::reload`), what a setting does (its reader).
+//! Invariants: all or nothing: whoever may refuse is asked before anybody is told, and being told cannot fail. Each live
+//! setting has exactly one reader. One change at a time. Tests: at the foot; `tests/it/settings.rs`.
+
+use std::{sync::Arc, time::Duration};
+
+use arc_swap::ArcSwap;
+use tokio::sync::{Mutex, watch};
+
+use crate::{
+    config::{
+        Config,
+        live::{self, Change, Plan},
+    },
+    instance::environment::Environment,
+    runtime::clock::Clock,
+    telemetry::{log, metric},
+};
+
+/// Why new settings are not in force. Nothing was changed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Refused {
+    /// These differ, and are fixed while the node runs.
+    #[error("needs a restart: {}", names(.0))]
+    Restart(Vec<Change>),
+    /// A part of the node cannot go by them, in its own words.
+    #[error("{0}")]
+    Part(String),
+}
+
+fn names(changes: &[Change]) -> String {
+    changes.iter().map(|change| &*change.key).collect::<Vec<_>>().join(", ")
+}
+
+/// The parts of a node that read live settings.
+pub(super) struct Parts {
+    /// Instances.
+    pub environment: Arc<Environment>,
+    /// How often the store is searched for what waits.
+    pub scan: watch::Sender<Duration>,
+}
+
+/// Tells a part of the node what is in force.
+type Tell = fn(&Parts, &Config);
+
+/// Who reads each live setting.
+const READERS: &[(&str, Tell)] = &[
+    ("scaling.max_consciousness_instances", |parts, config| {
+        parts.environment.limits.set_max_active(config.scaling.max_consciousness_instances);
+    }),
+    ("instances.idle_passivate_seconds", |parts, config| {
+        parts.environment.limits.set_idle(Duration::from_secs(config.instances.idle_passivate_seconds));
+    }),
+    ("instances.scan_seconds", |parts, config| {
+        parts.scan.send_replace(scan_period(config));
+    }),
+    ("cognition.think_seconds", |parts, config| {
+        parts.environment.limits.set_think(Duration::from_secs(config.cognition.think_seconds));
+    }),
+    ("telemetry.log", |_, config| {
+        // Refused before anybody was told, if it were no filter.
+        if let Err(error) = log::change(&config.telemetry.log) {
+            tracing::warn!(%error, "the log stays as it is");
+        }
+    }),
+];
+
+/// How often the store is searched for what waits.
+pub(super) fn scan_period(config: &Config) -> Duration {
+    Duration::from_secs(config.instances.scan_seconds.max(1))
+}
+
+/// What a running node goes by.
+pub(super) struct Live {
+    config: ArcSwap<Config>,
+    parts: Parts,
+    clock: Clock,
+    changing: Mutex<()>,
+}
+
+impl Live {
+    /// The settings the node was built with, and the parts that read those that change.
+    pub fn new(config: Config, parts: Parts, clock: Clock) -> Self {
+        let live = Self { config: ArcSwap::from_pointee(config), parts, clock, changing: Mutex::default() };
+        live.show();
+        live
+    }
+
+    /// The settings in force.
+    pub fn config(&self) -> Arc<Config> {
+        self.config.load_full()
+    }
+
+    /// Puts new settings in force, all of them or none. Returns what changed, after everybody was told. Cancelling it
+    /// leaves all or none in force.
+    ///
+    /// # Errors
+    /// [`Refused`].
+    pub async fn adopt(&self, new: Config) -> Result<Vec<Change>, Refused> {
+        let _one = self.changing.lock().await;
+        let old = self.config();
+        let changes = match live::plan(&old, &new) {
+            Plan::Apply(changes) => changes,
+            Plan::Restart(fixed) => return Err(Refused::Restart(fixed)),
+        };
+        if changes.is_empty() {
+            return Ok(changes);
+        }
+        log::filter(&new.telemetry.log).map_err(|error| Refused::Part(format!("telemetry.log: {error}")))?;
+        for (name, tell) in READERS {
+            if changes.iter().any(|change| live::live(&change.key).is_some_and(|key| key.name == *name)) {
+                tell(&self.parts, &new);
+            }
+        }
+        self.config.store(Arc::new(new));
+        self.show();
+        metrics::gauge!(metric::CONFIG_CHANGED).set(seconds(&self.clock));
+        Ok(changes)
+    }
+
+    /// Shows the numbers in force.
+    fn show(&self) {
+        let config = self.config.load();
+        for key in live::LIVE {
+            if let Some(number) = key.number {
+                metrics::gauge!(metric::CONFIG_VALUE, "key" => key.name).set(number(&config));
+            }
+        }
+    }
+}
+
+#[allow(clippy::cast_precision_loss)] // a time of day on a page
+fn seconds(clock: &Clock) -> f64 {
+    clock.now().0 as f64 / 1000.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_live_setting_has_one_reader() {
+        let mut read: Vec<&str> = READERS.iter().map(|(name, _)| *name).collect();
+        let mut live: Vec<&str> = live::LIVE.iter().map(|key| key.name).collect();
+        read.sort_unstable();
+        live.sort_unstable();
+        assert_eq!(read, live);
+    }
+}
