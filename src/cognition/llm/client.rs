@@ -26,21 +26,38 @@ use super::{
 };
 use crate::{
     cognition::Progress,
-    types::{Usage, limits::MAX_ANSWER_BYTES},
+    types::{InstanceKey, Usage, limits::MAX_ANSWER_BYTES},
 };
 
 /// Most bytes read of an answer that is no stream, and of an error's body.
 const MAX_BODY_BYTES: usize = 4 * MAX_ANSWER_BYTES;
 const MAX_ERROR_BYTES: usize = 16 * 1024;
+/// Bytes of one token, roughly, over languages and models.
+const BYTES_PER_TOKEN: usize = 4;
 /// Most characters of a provider's own words in an error.
 const MAX_ERROR_CHARS: usize = 300;
 
 /// What is asked.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Ask<'a> {
+    /// Who asks.
+    pub(super) who: &'a InstanceKey,
     pub(super) model: &'a str,
     pub(super) messages: &'a [Message],
     pub(super) max_tokens: u32,
+}
+
+impl Ask<'_> {
+    /// About how many tokens it takes, its answer included: what whoever asks is charged.
+    pub(super) fn tokens(&self) -> u64 {
+        self.told() + u64::from(self.max_tokens)
+    }
+
+    /// About how many of them go out.
+    fn told(&self) -> u64 {
+        let bytes: usize = self.messages.iter().map(|message| message.content.len()).sum();
+        bytes.div_ceil(BYTES_PER_TOKEN) as u64
+    }
 }
 
 /// What came back.
@@ -403,10 +420,7 @@ impl Reading {
     /// The finished answer. Without the provider's count, a token is taken for a piece of the stream going out and for four
     /// bytes going in.
     fn answer(self, ask: Ask<'_>) -> Answer {
-        let estimate = || {
-            let bytes: usize = ask.messages.iter().map(|message| message.content.len()).sum();
-            Usage { input_tokens: bytes.div_ceil(4) as u64, output_tokens: self.pieces }
-        };
+        let estimate = || Usage { input_tokens: ask.told(), output_tokens: self.pieces };
         let usage = self.usage.unwrap_or_else(estimate);
         Answer { text: self.text, usage }
     }
@@ -418,6 +432,15 @@ mod tests {
     use reqwest::header::HeaderValue;
 
     use super::*;
+    use crate::types::{InstanceId, TenantId};
+
+    fn key() -> InstanceKey {
+        InstanceKey::new(TenantId::new("t").unwrap(), InstanceId::new("lamp").unwrap())
+    }
+
+    fn ask<'a>(who: &'a InstanceKey, messages: &'a [Message]) -> Ask<'a> {
+        Ask { who, model: "m", messages, max_tokens: 1 }
+    }
 
     fn event(data: &str) -> Event {
         Event { name: String::new(), data: data.to_owned() }
@@ -439,7 +462,7 @@ mod tests {
         }
         assert_eq!(words, ["Hel", "lo"]);
         assert!(reading.finished && reading.done);
-        let answer = reading.answer(Ask { model: "m", messages: &[], max_tokens: 1 });
+        let answer = reading.answer(ask(&key(), &[]));
         assert_eq!(answer, Answer { text: "Hello".into(), usage: Usage { input_tokens: 5, output_tokens: 2 } });
     }
 
@@ -450,7 +473,7 @@ mod tests {
             reading.take(&event(&format!(r#"{{"choices":[{{"delta":{{"content":"{piece}"}}}}]}}"#))).unwrap();
         }
         let messages = [Message { role: "user", content: "x".repeat(10) }];
-        let usage = reading.answer(Ask { model: "m", messages: &messages, max_tokens: 1 }).usage;
+        let usage = reading.answer(ask(&key(), &messages)).usage;
         assert_eq!(usage, Usage { input_tokens: 3, output_tokens: 3 });
     }
 

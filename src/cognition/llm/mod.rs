@@ -13,6 +13,7 @@
 
 mod breaker;
 mod client;
+mod fair;
 mod pool;
 mod prompt;
 mod sse;
@@ -141,7 +142,7 @@ impl Engine for Llm {
     async fn think(&self, question: Question, progress: &dyn Progress) -> Result<Thought, Error> {
         let (provider, model) = self.choose(&question.profile)?;
         let messages = prompt::messages(&question);
-        let ask = Ask { model, messages: &messages, max_tokens: provider.max_tokens };
+        let ask = Ask { who: &question.key, model, messages: &messages, max_tokens: provider.max_tokens };
         let answer = provider.ask(ask, question.deadline, progress).await?;
         let mut actions: Vec<Action> =
             question.stimulus.content.as_deref().and_then(answer::remember).into_iter().collect();
@@ -203,7 +204,9 @@ impl Provider {
             .with_jitter()
             .build();
         loop {
-            let place = timeout_at(until, self.pool.place()).await.map_err(|_| Error::Timeout(deadline))??;
+            let place = timeout_at(until, self.pool.place(ask.who, ask.tokens()))
+                .await
+                .map_err(|_| Error::Timeout(deadline))??;
             let trial = Trial::begin(self)?;
             let end = timeout_at(until, self.client.call(ask, voice)).await;
             drop(place);
