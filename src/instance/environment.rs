@@ -8,9 +8,9 @@ use std::{
     time::Duration,
 };
 
-use super::{Error, events::Hub, turn::Mind};
+use super::{Error, attention::Attention, events::Hub, turn::Mind};
 use crate::{
-    cognition::{Engines, Toolbox, reflex::RuleSet, toolbox},
+    cognition::{Engines, Pace, Toolbox, reflex::RuleSet, toolbox},
     config::{self, Config, MqttMode},
     runtime::clock::Clock,
     scaling::cache::StateCache,
@@ -155,7 +155,9 @@ impl Minds {
         self.engines.check(profile).map_err(|error| Error::Invalid(error.to_string()))?;
         let rules = RuleSet::compile(&profile.reflexes).map_err(|error| Error::Invalid(error.to_string()))?;
         let engine = self.engines.of(profile).clone();
-        let mind = Arc::new(Mind { profile: profile.clone(), rules, engine });
+        let attention = Attention::of(profile).map_err(Error::Invalid)?;
+        let attention = attention.filter(|_| engine.pace(profile) == Pace::Slow);
+        let mind = Arc::new(Mind { profile: profile.clone(), rules, engine, attention });
         let mut interned = self.lock();
         if interned.by_text.len() >= interned.sweep_at {
             interned.by_text.retain(|_, mind| mind.strong_count() > 0);
@@ -190,6 +192,67 @@ pub struct Metrics {
     pub passivations: metrics::Counter,
     /// Instances in memory.
     pub active: metrics::Gauge,
+    /// What attention made of stimuli.
+    pub attention: Attended,
+}
+
+/// What became of the stimuli attention weighed, and the share of model calls it saved.
+pub struct Attended {
+    thoughts: Counted,
+    merged: Counted,
+    held_back: Counted,
+    saved: metrics::Gauge,
+    /// Thoughts interrupted for a person, those joined and those cancelled.
+    pub interrupted: [metrics::Counter; 2],
+}
+
+struct Counted(metrics::Counter, AtomicU64);
+
+impl Counted {
+    fn new(fate: &'static str) -> Self {
+        Self(metrics::counter!(metric::ATTENTION_STIMULI, "fate" => fate), AtomicU64::new(0))
+    }
+
+    fn add(&self, more: u64) {
+        self.0.increment(more);
+        self.1.fetch_add(more, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.1.load(Ordering::Relaxed)
+    }
+}
+
+impl Attended {
+    fn new() -> Self {
+        let interrupted = |policy| metrics::counter!(metric::INTERRUPTED, "policy" => policy);
+        Self {
+            thoughts: Counted::new("thought"),
+            merged: Counted::new("merged"),
+            held_back: Counted::new("held_back"),
+            saved: metrics::gauge!(metric::ATTENTION_SAVED),
+            interrupted: [interrupted("merge"), interrupted("cancel")],
+        }
+    }
+
+    /// One thought was concluded that so many other stimuli shared.
+    pub fn thought(&self, others: usize) {
+        self.thoughts.add(1);
+        self.merged.add(others as u64);
+        self.reckon();
+    }
+
+    /// A stimulus was held back.
+    pub fn held_back(&self) {
+        self.held_back.add(1);
+        self.reckon();
+    }
+
+    #[allow(clippy::cast_precision_loss)] // a share need not be exact
+    fn reckon(&self) {
+        let saved = self.merged.get() + self.held_back.get();
+        self.saved.set(saved as f64 / (saved + self.thoughts.get()).max(1) as f64);
+    }
 }
 
 impl Default for Metrics {
@@ -205,6 +268,7 @@ impl Default for Metrics {
             activations: metrics::counter!(metric::ACTIVATIONS),
             passivations: metrics::counter!(metric::PASSIVATIONS),
             active: metrics::gauge!(metric::ACTIVE),
+            attention: Attended::new(),
         }
     }
 }

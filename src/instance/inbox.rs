@@ -13,7 +13,7 @@ use std::{
 
 use tokio::sync::oneshot;
 
-use super::{Error, Receipt, Until, turn::lane};
+use super::{Error, Receipt, Until, attention::Weight, turn::lane};
 use crate::types::{Fault as _, Priority, Stimulus, StimulusId};
 
 /// Why a stimulus is refused whose forerunner was.
@@ -119,6 +119,10 @@ pub struct Waiting {
     pub waiters: Vec<Waiter>,
     /// When it came in, for the latency figure.
     pub since: std::time::Instant,
+    /// What attention knows of it.
+    pub weight: Weight,
+    /// Thoughts about it that were interrupted.
+    pub interrupted: u8,
 }
 
 impl Waiting {
@@ -131,6 +135,8 @@ impl Waiting {
             expected,
             waiters: vec![waiter],
             since: std::time::Instant::now(),
+            weight: Weight::Unknown,
+            interrupted: 0,
         }
     }
 
@@ -143,7 +149,14 @@ impl Waiting {
             expected: None,
             waiters: Vec::new(),
             since: std::time::Instant::now(),
+            weight: Weight::Unknown,
+            interrupted: 0,
         }
+    }
+
+    /// Whether it stands in the store's inbox.
+    pub const fn is_accepted(&self) -> bool {
+        self.accepted
     }
 
     /// Answers everybody, and forgets them.
@@ -205,6 +218,21 @@ impl Inbox {
     /// The most urgent, longest waiting one.
     pub fn pop(&mut self) -> Option<Waiting> {
         self.0.iter_mut().find_map(VecDeque::pop_front)
+    }
+
+    /// Those of one priority, the longest waiting first. `lane` counts from 0, the most urgent.
+    pub fn lane(&self, lane: usize) -> impl Iterator<Item = &Waiting> {
+        self.0.get(lane).into_iter().flatten()
+    }
+
+    /// The same, to be changed in place.
+    pub fn lane_mut(&mut self, lane: usize) -> impl Iterator<Item = &mut Waiting> {
+        self.0.get_mut(lane).into_iter().flatten()
+    }
+
+    /// Takes one of a lane out of its turn.
+    pub fn take(&mut self, lane: usize, index: usize) -> Option<Waiting> {
+        self.0.get_mut(lane)?.remove(index)
     }
 
     /// The waiting one with this id.
@@ -296,6 +324,8 @@ mod tests {
             expected: None,
             waiters: Vec::new(),
             since: std::time::Instant::now(),
+            weight: Weight::Unknown,
+            interrupted: 0,
         }
     }
 

@@ -1,6 +1,6 @@
 //! A living instance: one actor that takes its stimuli one at a time, decides, commits, and only then answers.
 //!
-//! Owns: the pure [`turn`], the actor around it, and what the instance tells the world while it lives ([`events`]).
+//! Owns: the pure [`turn`] and [`attention`], the actor around them, and what the instance tells the world while it lives ([`events`]).
 //! Not here: which node or thread an instance lives on (`cluster`), storage (`store`), sending effects (`delivery`).
 //!
 //! Invariants: turns of one instance are serial; nothing leaves before its commit; a panic in one turn touches no other
@@ -14,6 +14,7 @@ use crate::{
 };
 
 pub mod actor;
+pub mod attention;
 pub mod environment;
 pub mod events;
 pub mod inbox;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
+use super::attention::Attention;
 use crate::{
     cognition::{Action, Engine, Facts, Thought, reflex::RuleSet},
     types::{
@@ -29,14 +30,16 @@ pub struct Mind {
     pub rules: RuleSet,
     /// Who decides when no rule does.
     pub engine: Arc<dyn Engine>,
+    /// How what waits is ranked, merged and held back; `None` when it is not, as with an engine that takes no time.
+    pub attention: Option<Attention>,
 }
 
 /// What the rules said.
 pub enum Judgement {
     /// The rules decided.
     Decided(Vec<Action>),
-    /// The engine must think; the rules' own actions come first.
-    Think(Vec<Action>),
+    /// The engine must think; the rules' own actions come first, with what they say of the stimulus's salience.
+    Think(Vec<Action>, Option<f32>),
     /// A rule that matched could not be carried out; the reason goes on record.
     Failed(String),
 }
@@ -83,7 +86,7 @@ pub fn judge(mind: &Mind, facts: &Facts<'_>) -> Result<Judgement, Refusal> {
         };
         let decided = verdict.drop || (!verdict.matched.is_empty() && !verdict.think);
         let actions = if verdict.drop { Vec::new() } else { verdict.actions };
-        return Ok(if decided { Judgement::Decided(actions) } else { Judgement::Think(actions) });
+        return Ok(if decided { Judgement::Decided(actions) } else { Judgement::Think(actions, verdict.salience) });
     }
     let patch = patch_of(facts.stimulus);
     let mut state = facts.state.clone();

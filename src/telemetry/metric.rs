@@ -53,6 +53,12 @@ metrics! {
     DEAD_LETTERS = Counter "sophont_instance_dead_letters_total";
     /// Panics caught in turns.
     PANICS = Counter "sophont_instance_panics_total";
+    /// Stimuli of instances with `attention` that no rule decided, by fate (`thought`, `merged`, `held_back`).
+    ATTENTION_STIMULI = Counter "sophont_instance_attention_stimuli_total";
+    /// Share of engine calls attention saved since the start: merged and held back, of all that no rule decided.
+    ATTENTION_SAVED = Gauge "sophont_instance_attention_saved_ratio";
+    /// Thoughts interrupted for a person, by policy (`merge`, `cancel`).
+    INTERRUPTED = Counter "sophont_instance_interrupted_thoughts_total";
     /// Instances in memory.
     ACTIVE = Gauge "sophont_instance_active";
     /// Activations.

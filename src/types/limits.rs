@@ -86,3 +86,13 @@ pub const DELIVERY_BEHIND: usize = 10_000;
 pub const DELIVERY_RESUMED: usize = 100_000;
 /// Largest message between nodes, in bytes. What is larger goes by the store.
 pub const MAX_BUS_MESSAGE_BYTES: usize = 8 * 1024 * 1024;
+/// Longest window in which stimuli wait for others like them, in milliseconds.
+pub const MAX_MERGE_WINDOW_MS: u32 = 60_000;
+/// Kinds of stimuli of one instance whose recent past attention knows.
+pub const MAX_ATTENTION_KINDS: usize = 64;
+/// Most waiting stimuli of one priority that attention compares.
+pub const MAX_ATTENTION_LOOK: usize = 256;
+/// Times a thought is interrupted before it is let finish.
+pub const MAX_INTERRUPTS: u8 = 4;
+/// Longest text of one stimulus in a list of merged ones, in characters.
+pub const MAX_MERGED_TEXT: usize = 1_500;

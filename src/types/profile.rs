@@ -21,9 +21,9 @@ pub struct Profile {
     /// Rules, tried in order.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub reflexes: Vec<RuleSpec>,
-    /// Settings of attention.
+    /// Settings of attention: what waits is ranked, merged or held back. Absent: it is not.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Option<AttentionSpec>)]
     pub attention: Option<Value>,
     /// Settings of the scripted engine: `{"reply": "…", "delay_ms": 0}`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -35,6 +35,54 @@ pub struct Profile {
     /// Free labels to list by.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
+}
+
+/// How much of what waits for an instance reaches its engine, and in which order. Only stimuli that an engine that takes its
+/// time would decide are concerned.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct AttentionSpec {
+    /// A stimulus with less salience than this is remembered, and the engine is not asked. 0 to 1.
+    pub threshold: f32,
+    /// Stimuli with less salience than this wait for others like them and share one thought. 0 to 1.
+    pub merge_below: f32,
+    /// For how long they wait, in milliseconds; 0 merges only what waits anyway.
+    pub merge_window_ms: u32,
+    /// Most stimuli of one thought. 1 merges nothing.
+    pub merge_max: u8,
+    /// What a person's new stimulus does while another is thought about.
+    pub interrupt: Interrupt,
+}
+
+impl Default for AttentionSpec {
+    fn default() -> Self {
+        Self { threshold: 0.1, merge_below: 0.6, merge_window_ms: 1_000, merge_max: 16, interrupt: Interrupt::Queue }
+    }
+}
+
+/// What a person's new stimulus does while another is thought about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Interrupt {
+    /// It waits.
+    #[default]
+    Queue,
+    /// Both are thought about together, from the beginning.
+    Merge,
+    /// The thought ends, and the person's begins. What was less urgent is thought about again afterwards; what the same
+    /// person said before stays without an answer.
+    Cancel,
+}
+
+impl Interrupt {
+    /// As it stands in the API and in metrics.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Interrupt::Queue => "queue",
+            Interrupt::Merge => "merge",
+            Interrupt::Cancel => "cancel",
+        }
+    }
 }
 
 /// The engines built in.

@@ -7,6 +7,7 @@
 mod support;
 
 mod activation;
+mod attention;
 mod bus;
 mod check_history;
 mod cli;

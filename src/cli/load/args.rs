@@ -19,6 +19,8 @@ pub enum Scenario {
     IdleMemory,
     /// HTTP and MQTT side by side, half the rate each.
     Mixed,
+    /// A person among noisy streams in one instance, whose engine takes its time.
+    Attention,
     /// First start to serving; a clean stop under load, with nothing lost.
     StartStop,
 }
@@ -33,6 +35,7 @@ impl Scenario {
             Scenario::Activation => "activation",
             Scenario::IdleMemory => "idle-memory",
             Scenario::Mixed => "mixed",
+            Scenario::Attention => "attention",
             Scenario::StartStop => "start-stop",
         }
     }
@@ -43,6 +46,7 @@ impl Scenario {
             Scenario::PostDurable => 100_000,
             Scenario::ReadState | Scenario::MqttQos1 | Scenario::Mixed | Scenario::StartStop => 10_000,
             Scenario::Activation => 50_000,
+            Scenario::Attention => 1,
             Scenario::IdleMemory => 200_000,
         }
     }

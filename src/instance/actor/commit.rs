@@ -8,6 +8,7 @@ use super::{Control, InstanceActor, Out, Phase, State, think::FIRST_PAUSE};
 use crate::{
     instance::{
         Error, Receipt,
+        attention::HELD_BACK,
         events::Event,
         inbox::{BEHIND, Waiting},
         turn::{self, Standing},
@@ -44,7 +45,7 @@ impl InstanceActor {
         ctx: &mut Context<Self>,
     ) {
         self.kept.version = after.version;
-        self.kept.since_full = after.since_full;
+        self.kept.since_full = u32::try_from(after.since_full).unwrap_or(u32::MAX);
         let turns = decided.iter().map(|(_, record)| record.clone()).collect();
         if self.environment.faults.ack_before_commit() {
             for (waiting, turn) in &mut decided {
@@ -177,6 +178,10 @@ impl InstanceActor {
         metrics.turns[turn.outcome as usize].increment(1);
         let seconds = if waiting.accepted { &metrics.slow_seconds } else { &metrics.fast_seconds };
         seconds.record(waiting.since.elapsed());
+        // What a person's next words replaced is of the same author, but nothing was saved.
+        if turn.engine == HELD_BACK && !turn.episodes.is_empty() {
+            metrics.attention.held_back();
+        }
         if let [_] = waiting.waiters.as_slice()
             && let Some(waiter) = waiting.waiters.pop()
         {

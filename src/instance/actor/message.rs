@@ -5,7 +5,7 @@ use std::sync::Arc;
 use actix::prelude::*;
 use tokio::sync::oneshot;
 
-use super::{Control, InstanceActor, Phase, State};
+use super::{Agenda, Control, InstanceActor, Phase, State};
 use crate::{
     instance::{
         Error, Receipt, Until,
@@ -37,9 +37,8 @@ impl Handler<Deliver> for InstanceActor {
         }
         let agenda = self.agenda();
         if stimulus.repeatable {
-            let thinking = agenda.thinking.as_mut().map(|thinking| &mut thinking.waiting);
-            let earlier = thinking.filter(|waiting| waiting.stimulus.id == stimulus.id);
-            if let Some(earlier) = earlier.or_else(|| agenda.inbox.find(&stimulus.id)) {
+            let in_hand = agenda.thinking.as_mut().and_then(|t| t.in_hand_mut().find(|w| w.stimulus.id == stimulus.id));
+            if let Some(earlier) = in_hand.or_else(|| agenda.inbox.find(&stimulus.id)) {
                 if earlier.accepted && waiter.until() == Until::Accepted {
                     waiter.tell(Ok(Receipt::Accepted { repeated: true }));
                 } else {
@@ -175,7 +174,11 @@ impl Handler<Observe> for InstanceActor {
         {
             self.kept.state = State::Packed(turn::text_of_state(state));
         }
-        let inbox = self.agenda.as_ref().map_or(0, |a| a.inbox.len() + usize::from(a.thinking.is_some()));
+        if pack && self.agenda.is_none() {
+            self.kept.past = None;
+        }
+        let in_hand = |agenda: &Agenda| agenda.thinking.as_ref().map_or(0, |thinking| 1 + thinking.others.len());
+        let inbox = self.agenda.as_ref().map_or(0, |agenda| agenda.inbox.len() + in_hand(agenda));
         Observed { inbox, idle: self.agenda.is_none() && self.phase != Phase::Activating }
     }
 }

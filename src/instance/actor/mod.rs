@@ -1,11 +1,12 @@
 //! The actor around one instance: gathers inputs, calls the pure turn, commits, and only then answers.
 //!
-//! Here: its life and its loop. In `think`: asking the engine. In `commit`: units of work and their ends. In `message`:
+//! Here: its life and its loop. In `attend`: which stimulus is next, which share a thought. In `think`: asking the engine. In `commit`: units of work and their ends. In `message`:
 //! what it can be told. Not here: decisions (`turn`), queues (`inbox`), who keeps it alive (`cluster/shard.rs`).
 //! Invariants: one unit of work is with the store at a time, so units of an instance are in order; the state in memory runs
 //! ahead of the store only while that unit is out, and is loaded again when the unit is refused; nobody is answered before.
 //! Tests: at the foot; `tests/it/turn.rs`, `tests/it/panic.rs`, `tests/it/activation.rs`, `tests/it/crash.rs`.
 
+mod attend;
 mod commit;
 pub mod message;
 mod think;
@@ -14,14 +15,19 @@ use std::{
     collections::VecDeque,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
+    time::Duration,
 };
 
 use actix::prelude::*;
 use tokio::sync::oneshot;
 
-use self::think::Failure;
+use self::{
+    attend::{Next, is_held_back, remembered},
+    think::Failure,
+};
 use super::{
     Error,
+    attention::{self, Past},
     environment::Environment,
     inbox::{Inbox, Waiting},
     tenure::{BusyToken, Tenure},
@@ -71,6 +77,10 @@ struct Agenda {
     pausing: bool,
     /// Something may have come into the store's inbox: look there before nothing is left to do.
     look: bool,
+    /// All that waits does so for others like it, and an alarm is set for its end.
+    gathering: bool,
+    /// What waits was made durable so that it may share the thought that begins next.
+    invited: bool,
     _busy: BusyToken,
 }
 
@@ -84,11 +94,24 @@ enum Out {
 
 struct Thinking {
     waiting: Waiting,
+    /// Those that share the thought; they were accepted, and come after it.
+    others: Vec<Waiting>,
     /// What the rules already decided; it comes before what the engine decides.
     actions: Vec<Action>,
     slow: bool,
     handle: SpawnHandle,
     answer: Option<Result<Thought, Failure>>,
+}
+
+impl Thinking {
+    /// All it is about.
+    fn in_hand(&self) -> impl Iterator<Item = &Waiting> {
+        std::iter::once(&self.waiting).chain(&self.others)
+    }
+
+    fn in_hand_mut(&mut self) -> impl Iterator<Item = &mut Waiting> {
+        std::iter::once(&mut self.waiting).chain(&mut self.others)
+    }
 }
 
 /// A change of the instance itself.
@@ -117,6 +140,8 @@ enum State {
 enum Stop {
     Panicked(Waiting),
     Think(Waiting, Vec<Action>),
+    /// All that is left waits for others like it, for so long.
+    Gather(Duration),
 }
 
 /// What an instance keeps between its turns. In an allocation of its own: with it in the actor, the task around the actor
@@ -126,7 +151,10 @@ struct Kept {
     exists: bool,
     head: Head,
     version: u64,
-    since_full: u64,
+    /// At most [`TURNS_PER_FULL_STATE`](crate::types::limits::TURNS_PER_FULL_STATE): four bytes keep the whole small.
+    since_full: u32,
+    /// What it heard lately, for attention; only while it is busy, and never without attention.
+    past: Option<Box<Past>>,
     /// How many stimuli were lodged for the shard when it was last loaded, as far as was known.
     lodged: u64,
     state: State,
@@ -157,6 +185,7 @@ impl InstanceActor {
                 head: Head::default(),
                 version: 0,
                 since_full: 0,
+                past: None,
                 lodged: 0,
                 state: State::Open(Box::default()),
             }),
@@ -197,13 +226,15 @@ impl InstanceActor {
                 thinking: None,
                 pausing: false,
                 look: false,
+                gathering: false,
+                invited: false,
                 _busy: busy.enter(),
             })
         })
     }
 
     fn standing(&self) -> Standing {
-        Standing { turn: self.kept.head.turn, version: self.kept.version, since_full: self.kept.since_full }
+        Standing { turn: self.kept.head.turn, version: self.kept.version, since_full: self.kept.since_full.into() }
     }
 
     fn open_state(&mut self) -> Box<StateDoc> {
@@ -250,12 +281,15 @@ impl InstanceActor {
         self.kept.exists = loaded.exists;
         self.kept.head = loaded.head;
         self.kept.version = loaded.state.version;
-        self.kept.since_full = loaded.turns_since_full;
+        self.kept.since_full = u32::try_from(loaded.turns_since_full).unwrap_or(u32::MAX);
         self.kept.state = State::Packed(loaded.state.doc);
         if !loaded.inbox.is_empty() {
             let agenda = self.agenda();
-            let in_hand = agenda.thinking.as_ref().map(|thinking| thinking.waiting.stimulus.id.clone());
-            let stored = loaded.inbox.into_iter().filter(|stimulus| Some(&stimulus.id) != in_hand.as_ref());
+            let thinking = agenda.thinking.as_ref();
+            let is_in_hand = |id: &StimulusId| {
+                thinking.is_some_and(|thinking| thinking.in_hand().any(|waiting| waiting.stimulus.id == *id))
+            };
+            let stored = loaded.inbox.into_iter().filter(|stimulus| !is_in_hand(&stimulus.id));
             agenda.inbox.restore(stored);
         }
         Ok(())
@@ -276,8 +310,8 @@ impl InstanceActor {
         for waiting in agenda.inbox.iter_mut() {
             waiting.tell(&Err(error.clone()));
         }
-        if let Some(mut thinking) = agenda.thinking {
-            thinking.waiting.tell(&Err(error.clone()));
+        for waiting in agenda.thinking.iter_mut().flat_map(Thinking::in_hand_mut) {
+            waiting.tell(&Err(error.clone()));
         }
         for control in agenda.controls {
             control.refuse(error.clone());
@@ -289,6 +323,7 @@ impl InstanceActor {
         let Some(mut agenda) = self.agenda.take() else { return };
         if let Some(thinking) = agenda.thinking.take() {
             self.hand_over(thinking.waiting);
+            thinking.others.into_iter().for_each(|waiting| self.hand_over(waiting));
         }
         while let Some(waiting) = agenda.inbox.pop() {
             self.hand_over(waiting);
@@ -325,6 +360,9 @@ impl InstanceActor {
             return self.conclude_thought(thinking, ctx);
         }
         if agenda.pausing || agenda.thinking.as_ref().is_some_and(|thinking| thinking.slow) {
+            if self.interrupt(ctx) {
+                return;
+            }
             // Whoever arrives meanwhile gets a durable place in the inbox and need not wait.
             return self.submit_accept(ctx);
         }
@@ -351,13 +389,25 @@ impl InstanceActor {
         let mut decided: Vec<(Waiting, Arc<TurnRecord>)> = Vec::new();
         let mut stop = None;
         while decided.len() < MAX_TURNS_PER_COMMIT {
-            let Some(mut waiting) = self.agenda().inbox.pop() else { break };
+            let next = match &mind.attention {
+                None => self.agenda().inbox.pop().map_or(Next::Nothing, Next::One),
+                Some(attention) => self.attend(attention, &mind, &state, standing, now),
+            };
+            let mut waiting = match next {
+                Next::One(waiting) => waiting,
+                Next::Nothing => break,
+                Next::Later(pause) => {
+                    stop = Some(Stop::Gather(pause));
+                    break;
+                }
+            };
             if let Some(expected) = waiting.expected.filter(|expected| *expected != standing.version) {
                 waiting.tell(&Err(Error::VersionMismatch { expected, actual: standing.version }));
                 continue;
             }
             let facts =
                 Facts { key: &self.key, stimulus: &waiting.stimulus, state: &state, turn: standing.turn + 1, now };
+            let mut engine = "reflex";
             let judged = catch_unwind(AssertUnwindSafe(|| {
                 self.environment.faults.strike(&waiting.stimulus);
                 turn::judge(&mind, &facts)
@@ -367,7 +417,12 @@ impl InstanceActor {
                     stop = Some(Stop::Panicked(waiting));
                     break;
                 }
-                Ok(Ok(Judgement::Think(actions))) => {
+                Ok(Ok(Judgement::Think(mut actions, _))) if is_held_back(&mind, &waiting) => {
+                    actions.push(Action::Remember(remembered(&waiting.stimulus)));
+                    engine = attention::HELD_BACK;
+                    Ok(actions)
+                }
+                Ok(Ok(Judgement::Think(actions, _))) => {
                     stop = Some(Stop::Think(waiting, actions));
                     break;
                 }
@@ -378,7 +433,7 @@ impl InstanceActor {
                 Ok(Ok(Judgement::Decided(actions))) => Ok(actions),
                 Ok(Ok(Judgement::Failed(reason))) => Err(reason),
             };
-            let author = Author { engine: "reflex", thought: Thought::default() };
+            let author = Author { engine, thought: Thought::default() };
             let twin = self.environment.twin;
             let record = turn::conclude(standing, &waiting.stimulus, &mut state, decision, author, twin, now);
             standing = standing.after(&record);
@@ -388,13 +443,14 @@ impl InstanceActor {
         if decided.is_empty() {
             return match stop {
                 None => self.go_on_soon(ctx),
+                Some(Stop::Gather(pause)) => self.gather(pause, ctx),
                 Some(Stop::Panicked(waiting)) => self.panicked(waiting, ctx),
                 Some(Stop::Think(waiting, actions)) => self.think(waiting, actions, ctx),
             };
         }
         match stop {
             Some(Stop::Panicked(waiting) | Stop::Think(waiting, _)) => self.agenda().inbox.put_back(waiting),
-            None => {}
+            Some(Stop::Gather(_)) | None => {}
         }
         self.submit_turns(standing, decided, ctx);
     }

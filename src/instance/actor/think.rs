@@ -9,6 +9,7 @@ use super::{InstanceActor, State, Thinking};
 use crate::{
     cognition::{self, Action, Pace, Progress, Question, Thought},
     instance::{
+        attention,
         environment::Environment,
         inbox::Waiting,
         turn::{self, Author, Mind},
@@ -34,16 +35,35 @@ impl InstanceActor {
     pub(super) fn think(&mut self, waiting: Waiting, actions: Vec<Action>, ctx: &mut Context<Self>) {
         let mind = self.mind().clone();
         let slow = mind.engine.pace(&mind.profile) == Pace::Slow;
-        if slow && !waiting.accepted {
+        let alone = !slow || mind.attention.is_none();
+        if slow && !waiting.accepted || !alone && self.awaits_others() {
             self.agenda().inbox.put_back(waiting);
             return self.submit_accept(ctx);
         }
+        let others = mind.attention.as_ref().map_or_else(Vec::new, |attention| self.companions(&waiting, attention));
+        self.ask(waiting, others, actions, ctx);
+    }
+
+    /// Asks the engine about a stimulus and those that share its thought.
+    pub(super) fn ask(
+        &mut self,
+        waiting: Waiting,
+        others: Vec<Waiting>,
+        actions: Vec<Action>,
+        ctx: &mut Context<Self>,
+    ) {
+        let mind = self.mind().clone();
+        let slow = mind.engine.pace(&mind.profile) == Pace::Slow;
+        let stimulus = match others.as_slice() {
+            [] => waiting.stimulus.clone(),
+            others => Arc::new(attention::listed(&waiting.stimulus, others.iter().map(|other| &*other.stimulus))),
+        };
         let environment = self.environment.clone();
         let state = self.open_state();
         let question = Question {
             key: self.key.clone(),
             profile: mind.profile.clone(),
-            stimulus: waiting.stimulus.clone(),
+            stimulus,
             state: (*state).clone(),
             recollection: Vec::new(),
             recent: Vec::new(),
@@ -66,11 +86,11 @@ impl InstanceActor {
             }
             actor.go_on(ctx);
         }));
-        self.agenda().thinking = Some(Thinking { waiting, actions, slow, handle, answer: None });
+        self.agenda().thinking = Some(Thinking { waiting, others, actions, slow, handle, answer: None });
     }
 
     pub(super) fn conclude_thought(&mut self, thinking: Thinking, ctx: &mut Context<Self>) {
-        let Thinking { waiting, mut actions, slow, answer, .. } = thinking;
+        let Thinking { waiting, others, mut actions, slow, answer, .. } = thinking;
         match answer {
             Some(Ok(mut thought)) => {
                 actions.append(&mut thought.actions);
@@ -78,21 +98,27 @@ impl InstanceActor {
                 let (standing, now, twin) = (self.standing(), self.environment.clock.now(), self.environment.twin);
                 let mut state = self.open_state();
                 let record = turn::conclude(standing, &waiting.stimulus, &mut state, Ok(actions), author, twin, now);
+                let (standing, decided) = self.share(waiting, others, record, standing, &mut state);
                 self.kept.state = State::Open(state);
-                self.submit_turns(standing.after(&record), vec![(waiting, Arc::new(record))], ctx);
+                self.submit_turns(standing, decided, ctx);
             }
             Some(Err(Failure::Engine(error))) => {
                 if slow {
                     self.environment.hub.end_draft(&self.key);
                 }
                 tracing::warn!(instance = %self.key, %error, tries = waiting.tries + 1, "the engine gave no answer");
-                let tries = if error.kind().is_retryable() { MAX_THINK_TRIES } else { 1 };
-                self.try_again(waiting, error.to_string(), tries, true, ctx);
+                // What is refused when several share a thought may be taken one by one.
+                let shared = !others.is_empty();
+                let (retryable, cause) = (error.kind().is_retryable(), error.to_string());
+                let tries = if retryable || shared { MAX_THINK_TRIES } else { 1 };
+                let waiting = self.part(waiting, others, !retryable);
+                self.try_again(waiting, cause, tries, retryable || !shared, ctx);
             }
             Some(Err(Failure::Panicked)) | None => {
                 if slow {
                     self.environment.hub.end_draft(&self.key);
                 }
+                let waiting = self.part(waiting, others, true);
                 self.panicked(waiting, ctx);
             }
         }

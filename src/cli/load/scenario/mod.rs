@@ -29,6 +29,7 @@ use super::{
 };
 
 mod activation;
+mod attention;
 mod ceiling;
 mod idle_memory;
 mod start_stop;
@@ -85,6 +86,7 @@ pub async fn run(args: &Args, stop: Arc<AtomicBool>) -> Result<Report, Error> {
         Scenario::PostDurable | Scenario::ReadState | Scenario::MqttQos1 | Scenario::Mixed => bench.steady().await?,
         Scenario::Activation => (None, bench.activation().await?),
         Scenario::IdleMemory => (None, bench.idle_memory().await?),
+        Scenario::Attention => (None, bench.attention().await?),
         Scenario::StartStop => bench.start_stop().await?,
     };
     Ok(Report {
@@ -114,6 +116,9 @@ impl Bench<'_> {
         let args = self.args;
         match (args.scenario, args.rate) {
             (Scenario::Activation | Scenario::IdleMemory, _) => "closed loop".into(),
+            (Scenario::Attention, _) => {
+                "open loop, uniform arrivals of the person, Poisson arrivals of the streams".into()
+            }
             (_, Rate::PerSecond(rate)) => {
                 format!("open loop, {} op/s, {:?} arrivals", super::report::human(rate), args.arrivals)
             }

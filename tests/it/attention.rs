@@ -1,0 +1,210 @@
+//! Attention on a real node: what is held back is remembered, what is alike shares a thought, a person interrupts, and
+//! whatever happens each stimulus is decided once.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+use sophont::telemetry::metric::{ATTENTION_SAVED, ATTENTION_STIMULI, INTERRUPTED};
+
+use crate::support::{About, Http, Node, PATIENCE, metric, wait_until};
+
+/// A profile whose engine takes so long, with attention.
+fn attentive(delay_ms: u64, attention: Value) -> Value {
+    json!({
+        "engine": "scripted",
+        "script": {"reply": "done", "delay_ms": delay_ms},
+        "reflexes": [{"when": "stimulus.content == 'ping'", "do": [{"reply": "pong"}], "stop": true}],
+        "attention": attention,
+    })
+}
+
+/// A stimulus of a stream.
+fn report(id: &str, sender: &str, content: &str) -> Value {
+    json!({"id": id, "sender": sender, "channel": "stream", "priority": "device", "content": content})
+}
+
+async fn fate(http: &Http, fate: &str) -> f64 {
+    metric(http, &format!("{ATTENTION_STIMULI}{{fate=\"{fate}\"}}")).await
+}
+
+/// The engine of each decided stimulus, by id; every id once.
+async fn engines(http: &Http, instance: &str) -> BTreeMap<String, String> {
+    let mut all = BTreeMap::new();
+    for (turn, at) in http.turns(instance).await.iter().zip(1_u64..) {
+        assert_eq!(turn["turn"].as_u64(), Some(at), "turns have no gaps");
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        let again = all.insert(text(&turn["stimulus"]["id"]), text(&turn["engine"]));
+        assert_eq!(again, None, "decided twice: {turn}");
+    }
+    all
+}
+
+#[tokio::test]
+async fn wrong_settings_are_refused_when_the_profile_is_stored() {
+    let node = Node::builder().about(About::Process).start().await;
+    let http = node.client();
+    for (settings, reason) in [
+        (json!({"threshold": 2}), "attention.threshold lies between 0 and 1, this is 2"),
+        (json!({"merge": 3}), "unknown field `merge`"),
+    ] {
+        let problem = http.put("/v1/instances/i", &attentive(10, settings)).await.problem(400, "INVALID");
+        assert!(problem["detail"].as_str().unwrap().contains(reason), "{problem}");
+    }
+}
+
+#[tokio::test]
+async fn what_does_not_matter_is_remembered_and_no_engine_is_asked() {
+    let node = Node::start().await;
+    let http = node.client();
+    // A thought would outlast the test.
+    http.put_instance("i", &attentive(600_000, json!({"threshold": 0.6}))).await;
+    let held = http.post("/v1/instances/i/stimuli", &report("r1", "s", "the cellar is damp")).await.expect(200);
+    assert_eq!((held["outcome"].as_str(), held["engine"].as_str()), (Some("silent"), Some("attention")), "{held}");
+    assert_eq!(http.say("i", "p", "ping").await.expect(200)["reply"]["content"], "pong", "rules decide as before");
+    let again = http.post("/v1/instances/i/stimuli", &report("r1", "s", "the cellar is damp")).await.expect(200);
+    assert_eq!(again["turn"], held["turn"], "a repeat gets the first result");
+    assert_eq!(http.stimulus("r1").await.expect(200)["status"], "decided");
+    assert_eq!((fate(&http, "held_back").await, fate(&http, "thought").await), (1.0, 0.0));
+    assert!((metric(&http, ATTENTION_SAVED).await - 1.0).abs() < f64::EPSILON);
+    // The extractive engine answers from what is remembered.
+    http.put_instance("i", &json!({"engine": "reflex"})).await;
+    let answer = http.say("i", "q", "How is the cellar?").await.expect(200);
+    assert!(answer["reply"]["content"].as_str().unwrap().contains("damp"), "{answer}");
+}
+
+#[tokio::test]
+async fn what_is_alike_shares_one_thought_and_each_is_decided_under_its_id() {
+    let node = Node::start().await;
+    let http = node.client();
+    let attention = json!({"threshold": 0.0, "merge_below": 1.0, "merge_window_ms": 60_000, "merge_max": 4});
+    http.put_instance("i", &attentive(50, attention)).await;
+    for (id, sender) in [("a1", "a"), ("b1", "b"), ("a2", "a")] {
+        http.drop_in("i", &report(id, sender, &format!("news {id}"))).await.expect(202);
+    }
+    assert_eq!(http.stimulus("a1").await.expect(200)["status"], "accepted", "they wait for others like them");
+    assert_eq!(http.say("i", "p", "ping").await.expect(200)["turn"], 1, "and hold nobody up");
+    let last = http.post("/v1/instances/i/stimuli", &report("c1", "c", "news c1")).await.expect(200);
+    assert_eq!((last["engine"].as_str(), &last["reply"]["content"]), (Some("merged"), &json!("done")), "{last}");
+    let turns = http.turns("i").await;
+    let ids: Vec<_> = turns.iter().map(|turn| turn["stimulus"]["id"].as_str().unwrap()).collect();
+    assert_eq!(ids, ["p", "a1", "b1", "a2", "c1"], "in the order of arrival");
+    assert_eq!(turns[1]["engine"], "scripted");
+    // The scripted engine counts the words it was asked: those of a list of all four.
+    assert!(turns[1]["usage"]["input_tokens"].as_u64().unwrap() > 20, "{}", turns[1]);
+    for (id, turn) in [("a1", 2), ("b1", 3), ("a2", 4), ("c1", 5)] {
+        let found = http.stimulus(id).await.expect(200);
+        assert_eq!(
+            (found["status"].as_str(), found["turn"]["turn"].as_u64()),
+            (Some("decided"), Some(turn)),
+            "{found}"
+        );
+        let again = http.post("/v1/instances/i/stimuli", &report(id, "x", "again")).await.expect(200);
+        assert_eq!(again["turn"], turn, "a repeat gets the first result");
+    }
+    assert_eq!((fate(&http, "thought").await, fate(&http, "merged").await), (1.0, 3.0));
+    assert!((metric(&http, ATTENTION_SAVED).await - 0.75).abs() < f64::EPSILON);
+}
+
+#[tokio::test]
+async fn of_what_waits_the_more_salient_comes_first() {
+    let node = Node::start().await;
+    let http = node.client();
+    http.put_instance("i", &attentive(300, json!({"threshold": 0.0, "merge_max": 1}))).await;
+    http.drop_in("i", &report("first", "s0", "block")).await.expect(202);
+    http.until_status("first", "thinking").await;
+    for (id, sender, salience) in [("low", "s1", 0.2), ("high", "s2", 0.9), ("behind", "s1", 1.0)] {
+        let mut stimulus = report(id, sender, id);
+        stimulus["salience"] = json!(salience);
+        http.drop_in("i", &stimulus).await.expect(202);
+    }
+    let order = http.until_decided("i", 4).await;
+    assert_eq!(order, ["block", "high", "low", "behind"], "no sender overtakes itself");
+}
+
+#[tokio::test]
+async fn a_kill_in_the_middle_of_a_shared_thought_loses_and_doubles_nothing() {
+    const STREAMS: usize = 6;
+    const EACH: usize = 4;
+    let mut node = Node::builder().config("[instances]\nscan_seconds = 1").start().await;
+    let attention = json!({"threshold": 0.0, "merge_below": 1.0, "merge_window_ms": 50, "merge_max": 8});
+    node.client().put_instance("i", &attentive(400, attention)).await;
+    let mut sent = Vec::new();
+    for round in 0..3 {
+        let http = node.client();
+        for n in 0..STREAMS * EACH {
+            let id = format!("r{round}-{n}");
+            let stimulus = report(&id, &format!("s{}", n % STREAMS), &format!("text {id}"));
+            http.drop_in("i", &stimulus).await.expect(202);
+            sent.push(id);
+        }
+        wait_until("one of this round is thought about", PATIENCE, async || {
+            let mut thinking = false;
+            for id in sent.iter().rev().take(STREAMS * EACH) {
+                thinking |= http.stimulus(id).await.json()["status"] == "thinking";
+            }
+            thinking
+        })
+        .await;
+        node.kill9().await;
+        node.start_again().await;
+    }
+    let http = node.client();
+    let decided = http.until_decided("i", sent.len()).await;
+    let engines = engines(&http, "i").await;
+    assert_eq!(engines.len(), sent.len());
+    assert!(sent.iter().all(|id| engines.contains_key(id)), "{engines:?}");
+    let thoughts = engines.values().filter(|engine| *engine == "scripted").count();
+    assert!(thoughts < sent.len() / 2, "{thoughts} thoughts for {}", sent.len());
+    for sender in 0..STREAMS {
+        let of_sender = |text: &&String| {
+            let number = text.rsplit('-').next().and_then(|n| n.parse::<usize>().ok()).unwrap();
+            number % STREAMS == sender
+        };
+        let of_sender: Vec<&String> = decided.iter().filter(of_sender).collect();
+        let sent: Vec<String> =
+            sent.iter().map(|id| format!("text {id}")).filter(|text| of_sender.contains(&text)).collect();
+        assert_eq!(of_sender, sent.iter().collect::<Vec<_>>(), "the order of one sender");
+    }
+}
+
+#[tokio::test]
+async fn a_person_does_not_wait_for_a_streams_thought_where_the_profile_says_so() {
+    let node = Node::start().await;
+    let http = node.client();
+    http.put_instance("i", &attentive(1_500, json!({"merge_max": 1, "interrupt": "cancel"}))).await;
+    http.drop_in("i", &report("noise", "s", "something new")).await.expect(202);
+    http.until_status("noise", "thinking").await;
+    let asked = json!({"id": "q", "sender": "ann", "content": "hello?"});
+    let turn = http.post("/v1/instances/i/stimuli", &asked).await.expect(200);
+    assert_eq!((turn["turn"].as_u64(), &turn["reply"]["content"]), (Some(1), &json!("done")));
+    assert_eq!(http.until_status("noise", "decided").await["turn"]["turn"], 2, "it is thought about afterwards");
+    assert!(metric(&http, &format!("{INTERRUPTED}{{policy=\"cancel\"}}")).await >= 1.0);
+
+    // The same person says something else: the first stays without an answer, and a stranger waits.
+    http.drop_in("i", &json!({"id": "p1", "sender": "ann", "content": "one"})).await.expect(202);
+    http.until_status("p1", "thinking").await;
+    http.drop_in("i", &json!({"id": "p2", "sender": "ann", "content": "two"})).await.expect(202);
+    http.until_status("p2", "thinking").await;
+    http.drop_in("i", &json!({"id": "p3", "sender": "bob", "content": "three"})).await.expect(202);
+    let found = http.until_status("p3", "decided").await;
+    assert_eq!(found["turn"]["turn"], 5);
+    let turns = http.turns("i").await;
+    assert_eq!((&turns[2]["engine"], &turns[2]["outcome"]), (&json!("attention"), &json!("silent")));
+    assert_eq!((&turns[3]["stimulus"]["id"], &turns[3]["reply"]["content"]), (&json!("p2"), &json!("done")));
+}
+
+#[tokio::test]
+async fn a_person_joins_the_thought_in_hand_where_the_profile_says_so() {
+    let node = Node::start().await;
+    let http = node.client();
+    http.put_instance("i", &attentive(1_500, json!({"interrupt": "merge"}))).await;
+    http.drop_in("i", &json!({"id": "p1", "sender": "ann", "content": "one"})).await.expect(202);
+    http.until_status("p1", "thinking").await;
+    let second = json!({"id": "p2", "sender": "ann", "content": "two"});
+    let turn = http.post("/v1/instances/i/stimuli", &second).await.expect(200);
+    assert_eq!((turn["engine"].as_str(), &turn["reply"]["content"]), (Some("merged"), &json!("done")));
+    let first = http.stimulus("p1").await.expect(200);
+    assert_eq!(first["turn"]["turn"], 1);
+    assert_eq!(first["turn"]["reply"]["content"], "done");
+    assert_eq!(metric(&http, &format!("{INTERRUPTED}{{policy=\"merge\"}}")).await, 1.0);
+}
