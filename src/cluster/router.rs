@@ -29,6 +29,7 @@ use crate::{
         inbox::{Line, Waiter, Waiting},
         turn::PATCH_CHANNEL,
     },
+    memory::Memory,
     store::{Scope, Store},
     types::{InstanceKey, Profile, RawJson, StateSnapshot, Stimulus, StimulusId},
 };
@@ -146,6 +147,11 @@ impl Router {
     ) -> Result<Arc<StateSnapshot>, Error> {
         self.submit(key, stimulus, expected, Until::Decided)?.await.unwrap_or(Err(Error::Crashed))?;
         self.state(key).await?.ok_or(Error::NotFound)
+    }
+
+    /// What instances remember.
+    pub fn memory(&self) -> &Memory {
+        &self.0.environment.memory
     }
 
     /// The channel of state patches. Doors refuse plain stimuli on it.

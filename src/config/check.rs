@@ -71,7 +71,7 @@ pub(super) fn check(config: &Config, has_env: &dyn Fn(&str) -> bool) -> Vec<Foun
 }
 
 fn ranges(config: &Config, found: &mut Findings) {
-    let Config { node, http, mqtt, store, cluster, scaling, instances, cognition, delivery, .. } = config;
+    let Config { node, http, mqtt, store, cluster, scaling, instances, cognition, memory, delivery, .. } = config;
     found.range(&["node", "arbiters"], node.arbiters, 0..=1024);
     found.range(&["node", "drain_seconds"], node.drain_seconds, 1..=3600);
     found.range(&["node", "leave_seconds"], node.leave_seconds, 0..=3600);
@@ -109,6 +109,8 @@ fn ranges(config: &Config, found: &mut Findings) {
     found.range(&["instances", "idle_passivate_seconds"], instances.idle_passivate_seconds, 1..=31_536_000);
     found.range(&["instances", "max_inbox"], instances.max_inbox, 1..=1_000_000);
     found.range(&["instances", "scan_seconds"], instances.scan_seconds, 1..=3600);
+    found.range(&["memory", "cache_mb"], memory.cache_mb, 1..=1_048_576);
+    found.range(&["memory", "exact_vectors"], memory.exact_vectors, 1000..=10_000_000);
     found.range(&["cognition", "think_seconds"], cognition.think_seconds, 1..=3600);
     found.range(&["delivery", "webhook_seconds"], delivery.webhook_seconds, 1..=300);
     found.range(&["delivery", "max_tries"], delivery.max_tries, 1..=1000);

@@ -424,7 +424,7 @@ mod tests {
     /// Every key a section knows stands in the compiled-in file, as a setting or as a comment.
     #[test]
     fn the_compiled_in_file_names_every_key() {
-        let sections = "node http mqtt store store.postgres cluster scaling instances cognition cognition.providers.local delivery \
+        let sections = "node http mqtt store store.postgres cluster scaling instances cognition cognition.providers.local memory delivery \
                         auth auth.tokens telemetry faults";
         for section in sections.split_whitespace() {
             let mut tree = defaults().unwrap();

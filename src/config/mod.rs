@@ -47,6 +47,8 @@ pub struct Config {
     pub instances: Instances,
     /// Engines and providers.
     pub cognition: Cognition,
+    /// What instances remember.
+    pub memory: Memory,
     /// Sending effects.
     pub delivery: Delivery,
     /// Credentials.
@@ -440,6 +442,28 @@ const fn thousand_u32() -> u32 {
 }
 const fn sixty() -> u64 {
     60
+}
+
+/// `[memory]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Memory {
+    /// Memory for the episodes of instances that were asked lately, in MiB.
+    pub cache_mb: usize,
+    /// Where vectors of texts come from.
+    pub embedder: Embedder,
+    /// So many vectors of one instance are compared one by one; more get an index.
+    pub exact_vectors: usize,
+}
+
+/// Where vectors of texts come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Embedder {
+    /// The built-in one: hashed words and parts of words.
+    Lexical,
+    /// Nowhere: texts are found by their words, and by vectors the client sends.
+    Off,
 }
 
 /// `[delivery]`

@@ -12,6 +12,7 @@ use super::{Error, attention::Attention, events::Hub, turn::Mind};
 use crate::{
     cognition::{Engines, Pace, Toolbox, reflex::RuleSet, toolbox},
     config::{self, Config, MqttMode},
+    memory::Memory,
     runtime::clock::Clock,
     scaling::cache::StateCache,
     store::Store,
@@ -25,6 +26,8 @@ pub struct Environment {
     pub store: Arc<dyn Store>,
     /// Time.
     pub clock: Clock,
+    /// What instances remember.
+    pub memory: Memory,
     /// Watches.
     pub hub: Hub,
     /// Committed states, for readers.
@@ -59,6 +62,7 @@ impl Environment {
         let minds = Minds::new(engines);
         let default_mind = minds.of(&Arc::new(Profile::default()))?;
         Ok(Self {
+            memory: Memory::new(&config.memory, store.clone(), clock.clone()),
             store,
             clock,
             hub: Hub::default(),

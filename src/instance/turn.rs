@@ -16,6 +16,7 @@ use crate::{
         Effect, EffectKind, EpisodeDraft, Millis, Outcome, Priority, Profile, RawJson, Reply, Source, StateChange,
         StateDoc, Stimulus, TurnRecord,
         limits::{MAX_EFFECTS_PER_TURN, MAX_STATE_BYTES, TURNS_PER_FULL_STATE},
+        memory,
     },
 };
 
@@ -70,15 +71,26 @@ pub enum Refusal {
     /// A patch that does not fit the state document.
     #[error("{0}")]
     BadPatch(String),
+    /// A change of the memory that cannot be read.
+    #[error("{0}")]
+    BadMemory(String),
 }
 
 /// Tries the rules on a stimulus.
 ///
-/// A state patch is applied for the rules to see and never reaches the engine.
+/// A state patch is applied for the rules to see and never reaches the engine. A change of the memory reaches neither.
 ///
 /// # Errors
 /// [`Refusal`] when a patch cannot be applied.
 pub fn judge(mind: &Mind, facts: &Facts<'_>) -> Result<Judgement, Refusal> {
+    let unread = |error: serde_json::Error| Refusal::BadMemory(error.to_string());
+    if memory::writes(facts.stimulus) {
+        let (drafts, _) = memory::read_writing(facts.stimulus).map_err(unread)?;
+        return Ok(Judgement::Decided(drafts.into_iter().map(Action::Remember).collect()));
+    }
+    if memory::forgets(facts.stimulus) {
+        return memory::read_forgetting(facts.stimulus).map(|_| Judgement::Decided(Vec::new())).map_err(unread);
+    }
     if facts.stimulus.channel.as_str() != PATCH_CHANNEL {
         let verdict = match mind.rules.evaluate(facts) {
             Ok(verdict) => verdict,
@@ -182,6 +194,13 @@ pub fn conclude(
             record.effects.extend(parts.effects.into_iter().map(EffectKind::unnumbered));
             record.episodes = parts.episodes;
         }
+    }
+    if memory::writes(stimulus) {
+        // What is remembered stands in the record once, with the episodes.
+        record.stimulus.data = memory::read_writing(stimulus).ok().and_then(|(_, kept)| kept);
+    }
+    if memory::writes(stimulus) || memory::forgets(stimulus) {
+        record.engine = String::from(memory::ENGINE);
     }
     for (index, effect) in (0..).zip(&mut record.effects) {
         effect.index = index;

@@ -1,22 +1,50 @@
-//! What an instance remembers: recall over its episodes.
+//! What an instance remembers: episodes, found again by words and by vectors, with what was known when.
 //!
-//! Owns: turning free text into a query. The words that carry meaning are kept, with the forms they may have been told in;
-//! a text without any (a greeting, a lone "why?") asks nothing of the store. Not here: the search and its ranking (`store`),
-//! what is said about the result (`cognition`).
-//! Invariant: bounded in words, episodes and time, whatever the text.
-//! Tests: at the foot.
+//! Owns: recall over the episodes of an instance, what is to be forgotten when somebody asks for less, and the figures. A
+//! shelf per instance (`shelf`) follows its turns and answers from memory; texts are read from the store for what is
+//! found. Not here: writing and forgetting, which are turns (`types::memory`, `instance::turn`), the log (`store`), what an
+//! engine makes of a recollection (`cognition`).
+//!
+//! | file | what |
+//! |---|---|
+//! | `ask` | what is asked |
+//! | `shelf`, `shelves` | the episodes of one instance; those of the node, within bounds |
+//! | `fuse` | rankings made one |
+//! | `vector`, `cells` | vectors scanned; an index over many |
+//! | `lexical` | the built-in embedder |
+//! | `prune` | which episodes go |
+//!
+//! Invariants: a recall sees every committed turn, on whichever node it is asked; what is forgotten is on no shelf that was asked
+//! since; shelves are bounded in bytes. Decision: `docs/adr/0016-episodes-and-recall.md`. Tests: at the foot of each file;
+//! `tests/it/memory.rs`.
 
-use std::time::Duration;
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
+mod ask;
+mod cells;
+mod fuse;
+mod lexical;
+mod prune;
+mod shelf;
+mod shelves;
+mod vector;
+
+pub use ask::{Ask, Known};
+pub use fuse::{Explained, Ranked};
+pub use prune::{Forget, Prune};
+pub use shelf::Figures;
+
+use self::{ask::Asked, fuse::Hit, shelves::Shelves};
 use crate::{
-    store::{self, Episode, Reader},
-    types::{Fault, InstanceKey, Kind, limits::MAX_RECALL, words},
+    config::{self, Embedder},
+    runtime::clock::Clock,
+    store::{self, Episode, Store, rank, replay},
+    telemetry::metric,
+    types::{EpisodeId, Fault, InstanceKey, Kind, Millis, limits::MAX_RECALL, memory::Extra},
 };
 
-/// Most meaningful words of a text that are searched for; each stands for itself and two more forms.
-const MAX_WORDS: usize = 10;
-/// Most bytes of a text that are looked at for them.
-const MAX_TEXT_BYTES: usize = 16 * 1024;
+/// Turns of one page of an export.
+const PAGE: usize = 16;
 
 /// Why nothing could be recalled.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -24,6 +52,17 @@ pub enum Error {
     /// The search took too long.
     #[error("recall took longer than {0:?}")]
     Timeout(Duration),
+    /// A vector of another dimension than the instance's.
+    #[error("the vector has {given} numbers, those of this instance have {has}")]
+    Dimension {
+        /// Of the instance's vectors.
+        has: usize,
+        /// Of this one.
+        given: usize,
+    },
+    /// There is no such instance.
+    #[error("no such instance")]
+    NotFound,
     /// The store failed.
     #[error(transparent)]
     Store(#[from] store::Error),
@@ -33,89 +72,280 @@ impl Fault for Error {
     fn kind(&self) -> Kind {
         match self {
             Error::Timeout(_) => Kind::Timeout,
+            Error::Dimension { .. } => Kind::Invalid,
+            Error::NotFound => Kind::NotFound,
             Error::Store(error) => error.kind(),
         }
     }
     fn code(&self) -> &'static str {
         match self {
             Error::Timeout(_) => "TIMEOUT",
+            Error::Dimension { .. } => "DIMENSION_MISMATCH",
+            Error::NotFound => "INSTANCE_NOT_FOUND",
             Error::Store(error) => error.code(),
         }
     }
-}
-
-/// The episodes of an instance that fit a text, best first, at most `k` (and [`MAX_RECALL`]). Cancel safe.
-///
-/// # Errors
-/// [`Error::Timeout`] after the deadline, [`Error::Store`] when the store fails.
-pub async fn recall(
-    reader: &dyn Reader,
-    key: &InstanceKey,
-    text: &str,
-    k: usize,
-    deadline: Duration,
-) -> Result<Vec<Episode>, Error> {
-    let query = query(text);
-    if query.is_empty() || k == 0 {
-        return Ok(Vec::new());
+    fn hint(&self) -> Option<String> {
+        match self {
+            Error::Timeout(_) => None,
+            Error::Dimension { .. } => {
+                Some(String::from("the first vector of an instance fixes how many numbers all have"))
+            }
+            Error::NotFound => Some(String::from("send it a stimulus or PUT a profile to create it")),
+            Error::Store(error) => error.hint(),
+        }
     }
-    let search = reader.recall(key, &query, k.min(MAX_RECALL));
-    let found = tokio::time::timeout(deadline, search).await.map_err(|_| Error::Timeout(deadline))?;
-    Ok(found?)
 }
 
-/// The words to search for, parted by spaces: letters and digits only, so no backend can take one for syntax.
-fn query(text: &str) -> String {
-    let text = &text[..text.floor_char_boundary(MAX_TEXT_BYTES)];
-    let mut kept: Vec<String> = Vec::with_capacity(MAX_WORDS);
-    for word in words::words(text) {
-        if !words::is_filler(&word) && !kept.contains(&word) {
-            kept.push(word);
-            if kept.len() == MAX_WORDS {
-                break;
+impl From<shelf::OtherDimension> for Error {
+    fn from(other: shelf::OtherDimension) -> Self {
+        Self::Dimension { has: other.has, given: other.given }
+    }
+}
+
+/// An episode that was recalled.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Recalled {
+    /// It, with its score.
+    pub episode: Episode,
+    /// Why it has that score.
+    pub explained: Explained,
+    /// Others that tell the same and would have been recalled too.
+    pub duplicates: u32,
+    /// The first one that told the same.
+    pub duplicate_of: Option<EpisodeId>,
+    /// Since when it holds no longer; only a question about an earlier time finds such.
+    pub superseded_at: Option<Millis>,
+}
+
+/// What a recall found.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Recollection {
+    /// Best first.
+    pub episodes: Vec<Recalled>,
+    /// Asked about an earlier time: how many episodes of then were forgotten since, whatever they said.
+    pub forgotten: u64,
+}
+
+/// An episode as it is exported.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Exported {
+    /// It.
+    pub episode: Episode,
+    /// What it carries beside.
+    pub extra: Extra,
+}
+
+/// The memories of a node's instances. Cheap to share; all methods are cancel safe.
+pub struct Memory {
+    store: Arc<dyn Store>,
+    clock: Clock,
+    shelves: Shelves,
+    lexical: bool,
+    metrics: Metrics,
+}
+
+struct Metrics {
+    recalls: metrics::Counter,
+    seconds: metrics::Histogram,
+    age: metrics::Histogram,
+}
+
+impl Memory {
+    /// Over a store, as configured.
+    pub fn new(config: &config::Memory, store: Arc<dyn Store>, clock: Clock) -> Self {
+        let lexical = config.embedder == Embedder::Lexical;
+        Self {
+            shelves: Shelves::new(config, lexical),
+            store,
+            clock,
+            lexical,
+            metrics: Metrics {
+                recalls: metrics::counter!(metric::MEMORY_RECALLS),
+                seconds: metrics::histogram!(metric::MEMORY_RECALL_SECONDS),
+                age: metrics::histogram!(metric::MEMORY_RECALLED_AGE_SECONDS),
+            },
+        }
+    }
+
+    /// What fits, best first.
+    ///
+    /// # Errors
+    /// [`Error`]; [`Error::NotFound`] when there is no such instance.
+    pub async fn search(&self, key: &InstanceKey, ask: Ask) -> Result<Recollection, Error> {
+        let began = std::time::Instant::now();
+        let asked = self.ready(ask);
+        let now = asked.now;
+        let shelf = self.shelves.current(&*self.store, key).await?;
+        let (hits, forgotten, links) = self
+            .shelves
+            .look(&shelf, move |shelf| {
+                let (hits, forgotten) = shelf.search(&asked)?;
+                let links: Vec<_> =
+                    hits.iter().map(|hit| (shelf.duplicate_of(hit.id), shelf.superseded_at(hit.id))).collect();
+                Ok::<_, Error>((hits, forgotten, links))
+            })
+            .await?;
+        let mut texts = self.texts(key, &hits).await?;
+        let episodes: Vec<Recalled> = hits
+            .into_iter()
+            .zip(links)
+            .filter_map(|(hit, (duplicate_of, superseded_at))| {
+                // One that was forgotten in this moment has no text any more.
+                let episode = Episode { score: hit.score, ..texts.remove(&hit.id.0)? };
+                let (explained, duplicates) = (hit.explained, hit.duplicates);
+                Some(Recalled { episode, explained, duplicates, duplicate_of, superseded_at })
+            })
+            .collect();
+        self.metrics.recalls.increment(1);
+        self.metrics.seconds.record(began.elapsed());
+        for recalled in &episodes {
+            let age = now.0.saturating_sub(recalled.episode.recorded_at.0).max(0);
+            #[allow(clippy::cast_precision_loss)] // milliseconds of centuries
+            self.metrics.age.record(age as f64 / 1000.0);
+        }
+        Ok(Recollection { episodes, forgotten })
+    }
+
+    /// The episodes of an instance that fit a text, best first, at most `k` (and [`MAX_RECALL`]), for an engine. A text without
+    /// meaning recalls nothing.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] after the deadline, [`Error::Store`] when the store fails.
+    pub async fn recall(
+        &self,
+        key: &InstanceKey,
+        text: &str,
+        k: usize,
+        deadline: Duration,
+    ) -> Result<Vec<Episode>, Error> {
+        if k == 0 || ask::meaning(text).is_empty() {
+            return Ok(Vec::new());
+        }
+        let ask = Ask { query: Some(text.to_owned()), limit: k.min(MAX_RECALL), ..Ask::default() };
+        match tokio::time::timeout(deadline, self.search(key, ask)).await {
+            Err(_) => Err(Error::Timeout(deadline)),
+            Ok(Err(Error::NotFound)) => Ok(Vec::new()),
+            Ok(found) => Ok(found?.episodes.into_iter().map(|recalled| recalled.episode).collect()),
+        }
+    }
+
+    fn ready(&self, ask: Ask) -> Asked {
+        let text = ask.query.as_deref().unwrap_or_default();
+        let mut words = ask::meaning(text);
+        if words.is_empty() {
+            words = ask::literal(text);
+        }
+        // As the words of episodes are cut.
+        let words = rank::query_words(&words.join(" "));
+        let lexical = if self.lexical { lexical::embed(text) } else { None };
+        let now = self.clock.now();
+        Asked { words, lexical, given: ask.embedding, limit: ask.limit, known: ask.known, now }
+    }
+
+    async fn texts(&self, key: &InstanceKey, hits: &[Hit]) -> Result<HashMap<u64, Episode>, Error> {
+        let mut turns: Vec<u64> = hits.iter().map(|hit| hit.id.turn()).collect();
+        turns.sort_unstable();
+        turns.dedup();
+        if turns.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let found = self.store.turns_at(key, &turns).await?;
+        let wanted: std::collections::HashSet<u64> = hits.iter().map(|hit| hit.id.0).collect();
+        let episodes = found.iter().flat_map(|turn| replay::episodes(turn));
+        Ok(episodes.filter(|episode| wanted.contains(&episode.id)).map(|episode| (episode.id, episode)).collect())
+    }
+
+    /// The figures of an instance's memory.
+    ///
+    /// # Errors
+    /// As [`Memory::search`].
+    pub async fn figures(&self, key: &InstanceKey) -> Result<Figures, Error> {
+        let shelf = self.shelves.current(&*self.store, key).await?;
+        self.shelves.look(&shelf, |shelf| Ok(shelf.figures())).await
+    }
+
+    /// How many numbers a vector of this instance has; nothing before the first one, or when there is no such instance.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn dimension(&self, key: &InstanceKey) -> Result<Option<usize>, Error> {
+        match self.shelves.current(&*self.store, key).await {
+            Err(Error::NotFound) => Ok(None),
+            shelf => Ok(shelf?.read().await.dimension()),
+        }
+    }
+
+    /// Of the lines of an import the episodes that came from them already.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn imported(&self, key: &InstanceKey, lines: &[String]) -> Result<Vec<Option<EpisodeId>>, Error> {
+        match self.shelves.current(&*self.store, key).await {
+            Err(Error::NotFound) => Ok(vec![None; lines.len()]),
+            shelf => {
+                let shelf = shelf?;
+                let shelf = shelf.read().await;
+                Ok(lines.iter().map(|line| shelf.imported(line)).collect())
             }
         }
     }
-    let mut query = kept.join(" ");
-    for word in &kept {
-        // "lamps" was perhaps told as "lamp", "lamp" as "lamps". The forms come last: a backend that cuts cuts them first.
-        let stem = words::stem(word);
-        if stem != word {
-            query.push(' ');
-            query.push_str(stem);
-        } else if word.chars().count() > 2 && !word.ends_with('s') && !word.ends_with(|c: char| c.is_numeric()) {
-            query.push(' ');
-            query.push_str(word);
-            query.push('s');
+
+    /// The episodes that go when only so much is to stay, in order.
+    ///
+    /// # Errors
+    /// As [`Memory::search`].
+    pub async fn to_prune(&self, key: &InstanceKey, prune: Prune) -> Result<Vec<EpisodeId>, Error> {
+        let shelf = self.shelves.current(&*self.store, key).await?;
+        self.shelves.look(&shelf, move |shelf| Ok(prune.picks(shelf))).await
+    }
+
+    /// The episodes that go when these are to be forgotten, in order.
+    ///
+    /// # Errors
+    /// As [`Memory::search`].
+    pub async fn to_forget(&self, key: &InstanceKey, forget: Forget) -> Result<Vec<EpisodeId>, Error> {
+        let text = forget.text.as_ref().map(|text| text.to_lowercase());
+        let shelf = self.shelves.current(&*self.store, key).await?;
+        let mut ids = self.shelves.look(&shelf, move |shelf| Ok(forget.picks(shelf))).await?;
+        if let Some(text) = text {
+            let mut after = 0;
+            loop {
+                let page = self.store.remembered(key, after, PAGE).await?;
+                let Some(last) = page.turns.last() else { break };
+                after = last.turn;
+                let says = |episode: &Episode| {
+                    episode.content.to_lowercase().contains(&text)
+                        || episode.data.as_ref().is_some_and(|data| data.get().to_lowercase().contains(&text))
+                };
+                let all = page.turns.iter().flat_map(|turn| replay::episodes(turn));
+                ids.extend(all.filter(says).map(|episode| EpisodeId(episode.id)));
+            }
         }
-    }
-    query
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_query_has_the_words_that_matter_and_their_forms() {
-        assert_eq!(query("Which of the LAMPS is broken?"), "lamps broken lamp brokens");
-        assert_eq!(query("Room 42"), "room 42 rooms");
-        assert_eq!(query("why is it so?"), "");
-        assert_eq!(query(""), "");
+        ids.sort_unstable();
+        ids.dedup();
+        Ok(ids)
     }
 
-    #[test]
-    fn nothing_of_a_query_language_survives() {
-        let hostile = "\"lamp\" OR NOT (content:x*) NEAR/3 ^a -b + {c} ; -- \u{0} ' \\";
-        assert!(query(hostile).chars().all(|c| c.is_alphanumeric() || c == ' '), "{}", query(hostile));
-        assert!(!query(hostile).contains("OR") && !query(hostile).contains("NOT"));
+    /// Some episodes behind a turn, oldest first, and the turn to go on from; no turn when these were the last.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn export(&self, key: &InstanceKey, after: u64) -> Result<(Vec<Exported>, Option<u64>), Error> {
+        let page = self.store.remembered(key, after, PAGE).await?;
+        let mut found = Vec::new();
+        for turn in &page.turns {
+            let mut extras = turn.extras();
+            for episode in replay::episodes(turn) {
+                let extra = extras.get_mut(EpisodeId(episode.id).place()).map(std::mem::take).unwrap_or_default();
+                found.push(Exported { episode, extra });
+            }
+        }
+        Ok((found, page.turns.last().map(|turn| turn.turn)))
     }
 
-    #[test]
-    fn a_query_is_bounded() {
-        let long: String = (0..10_000).map(|n| format!("word{n} ")).collect();
-        assert!(query(&long).split(' ').count() <= 3 * MAX_WORDS);
-        assert!(query(&"é".repeat(100_000)).len() <= 2 * MAX_TEXT_BYTES + 2);
+    /// Lets go of what is in memory of an instance that is gone.
+    pub fn drop_shelf(&self, key: &InstanceKey) {
+        self.shelves.remove(key);
     }
 }

@@ -10,7 +10,10 @@
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     ops::Bound,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicI64, Ordering},
+    },
     time::Duration,
 };
 
@@ -20,13 +23,14 @@ use tokio::sync::Notify;
 
 use super::{
     Committed, DeadLetter, Done, Episode, Error, Feed, Fence, Head, Known, Listed, Loaded, MqttRow, MqttWrite,
-    Outgoing, Pending, Reader, Rejection, Scope, Shipping, Stats, Store, Unit, Work, Writer, check, ownership::Rows,
-    rank, replay,
+    Outgoing, Pending, Reader, Rejection, Remembered, Scope, Shipping, Stats, Store, Unit, Work, Writer, check,
+    ownership::Rows, rank, replay,
 };
 use crate::{
     runtime::clock::Clock,
     types::{
-        InstanceId, InstanceKey, Millis, NodeId, Profile, StateSnapshot, Stimulus, StimulusId, TenantId, TurnRecord,
+        EpisodeId, InstanceId, InstanceKey, Millis, NodeId, Profile, StateSnapshot, Stimulus, StimulusId, TenantId,
+        TurnRecord,
     },
 };
 
@@ -235,6 +239,11 @@ impl MemoryStore {
     }
 }
 
+/// A turn that was written before.
+fn earlier(turns: &mut [Arc<TurnRecord>], turn: u64) -> Option<&mut Arc<TurnRecord>> {
+    turns.get_mut(usize::try_from(turn).ok()?.checked_sub(1)?)
+}
+
 fn take_failure(failing: &mut Option<(usize, Error)>) -> Option<Error> {
     let (left, error) = failing.as_mut()?;
     let error = error.clone();
@@ -335,6 +344,8 @@ struct Data {
 }
 
 struct Instance {
+    /// Differs from every other life's.
+    life: i64,
     profile: Option<Arc<Profile>>,
     created_at: Millis,
     head: Head,
@@ -347,7 +358,9 @@ struct Instance {
 
 impl Instance {
     fn new(created_at: Millis) -> Self {
+        static LIVES: AtomicI64 = AtomicI64::new(1);
         Self {
+            life: LIVES.fetch_add(1, Ordering::Relaxed),
             profile: None,
             created_at,
             head: Head::default(),
@@ -504,6 +517,15 @@ impl Data {
             instance.head = instance.head.advance(self.next);
             instance.decided.entry(record.stimulus.id.clone()).or_insert(instance.turns.len());
             instance.turns.push(Arc::clone(record));
+            for (turn, places) in replay::losses(record) {
+                let Some(lost) = earlier(&mut instance.turns, turn) else { continue };
+                let mut redacted = (**lost).clone();
+                redacted.redact(&places);
+                *lost = Arc::new(redacted);
+                let lost = Arc::clone(lost);
+                let leaving = self.outgoing.values_mut().filter(|(owner, sent)| owner == key && sent.turn == turn);
+                leaving.for_each(|(_, sent)| *sent = Arc::clone(&lost));
+            }
             if !record.effects.is_empty() {
                 self.outgoing.insert((feed, self.next), (key.clone(), Arc::clone(record)));
             }
@@ -726,12 +748,26 @@ impl Reader for MemoryStore {
         }
         let ranked = rank::best(corpus, &lists, limit);
         let found = ranked.into_iter().filter_map(|(id, score)| {
-            let (turn, index) = replay::episode_place(id);
-            let record = instance.turns.get(usize::try_from(turn).ok()?.checked_sub(1)?)?;
-            let episode = replay::episodes(record).nth(usize::try_from(index).ok()?)?;
+            let record = instance.turns.get(usize::try_from(EpisodeId(id).turn()).ok()?.checked_sub(1)?)?;
+            let episode = replay::episodes(record).find(|episode| episode.id == id)?;
             Some(Episode { score, ..episode })
         });
         Ok(found.collect())
+    }
+
+    async fn remembered(&self, key: &InstanceKey, after: u64, limit: usize) -> Result<Remembered, Error> {
+        let data = self.read()?;
+        let Some(instance) = data.instances.get(key) else { return Ok(Remembered::default()) };
+        let from = usize::try_from(after).unwrap_or(usize::MAX).min(instance.turns.len());
+        let turns = instance.turns[from..].iter().filter(|record| record.is_memory()).take(limit).cloned().collect();
+        Ok(Remembered { life: instance.life, turns })
+    }
+
+    async fn turns_at(&self, key: &InstanceKey, turns: &[u64]) -> Result<Vec<Arc<TurnRecord>>, Error> {
+        let data = self.read()?;
+        let Some(instance) = data.instances.get(key) else { return Ok(Vec::new()) };
+        let at = |turn: &u64| instance.turns.get(usize::try_from(*turn).ok()?.checked_sub(1)?).cloned();
+        Ok(turns.iter().filter_map(at).collect())
     }
 
     fn feeds(&self, scope: &Scope) -> Vec<Feed> {

@@ -30,9 +30,9 @@ mod links;
 pub mod memory;
 pub mod ownership;
 pub mod postgres;
-mod rank;
+pub(crate) mod rank;
 pub(crate) mod record;
-mod replay;
+pub(crate) mod replay;
 pub mod roaming;
 mod scope;
 pub mod sqlite;
@@ -133,7 +133,8 @@ pub struct Unit {
 pub enum Work {
     /// The fast path and the end of the slow path: turns in order, numbered from `head.turn + 1` without gaps.
     ///
-    /// Each turn removes its stimulus from the inbox if it stands there. An instance that has no row yet gets one with no
+    /// A turn that forgets ([`TurnRecord::forgotten`]) takes the content of those episodes out of the earlier turns' records and
+    /// out of what was derived from them. Each turn removes its stimulus from the inbox if it stands there. An instance that has no row yet gets one with no
     /// profile of its own.
     Turns {
         /// The instance's head before these turns, as the last [`Committed`] or [`Loaded`] gave it.
@@ -343,6 +344,15 @@ pub struct Episode {
     pub recorded_at: Millis,
     /// How well it matches, higher is better.
     pub score: f64,
+}
+
+/// Turns that changed what an instance remembers.
+#[derive(Debug, Clone, Default)]
+pub struct Remembered {
+    /// Tells one life of the instance from another; 0 when there is no such instance.
+    pub life: i64,
+    /// The turns, oldest first.
+    pub turns: Vec<Arc<TurnRecord>>,
 }
 
 /// A turn with something for `delivery`, in commit order.
@@ -609,6 +619,11 @@ pub trait Reader: Send + Sync + 'static {
     ) -> Result<Vec<DeadLetter>, Error>;
     /// Episodes of the instance that match the query's words, best first (BM25). Sees every committed turn.
     async fn recall(&self, key: &InstanceKey, query: &str, limit: usize) -> Result<Vec<Episode>, Error>;
+    /// Turns of the instance that remembered or forgot something, with numbers above `after`, oldest first, at most `limit`. What
+    /// was forgotten since is not in them. Sees every committed turn.
+    async fn remembered(&self, key: &InstanceKey, after: u64, limit: usize) -> Result<Remembered, Error>;
+    /// These turns of the instance, as far as there are any, in no order.
+    async fn turns_at(&self, key: &InstanceKey, turns: &[u64]) -> Result<Vec<Arc<TurnRecord>>, Error>;
     /// The feeds in which turns of the scope's instances stand.
     fn feeds(&self, scope: &Scope) -> Vec<Feed>;
     /// Turns with effects, of each feed those after a position and in the order of positions, at most `limit` in all. None

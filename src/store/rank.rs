@@ -79,6 +79,17 @@ pub(crate) struct Posting {
     pub length: u32,
 }
 
+/// What a word says that so many of the episodes have.
+pub(crate) fn rarity(episodes: f64, holders: f64) -> f64 {
+    (1.0 + (episodes - holders + 0.5).max(0.0) / (holders + 0.5)).ln()
+}
+
+/// What a word counts that stands so often in an episode of so many words.
+pub(crate) fn weight(rarity: f64, count: u32, length: u32, mean: f64) -> f64 {
+    let count = f64::from(count);
+    rarity * count * (K1 + 1.0) / (count + K1 * (1.0 - B + B * f64::from(length) / mean))
+}
+
 /// The best episodes, best first; of equals the newer first. `lists` holds one list of postings per query word.
 #[allow(clippy::cast_precision_loss)] // counts far below 2^53
 pub(crate) fn best(corpus: Corpus, lists: &[Vec<Posting>], limit: usize) -> Vec<(u64, f64)> {
@@ -87,11 +98,9 @@ pub(crate) fn best(corpus: Corpus, lists: &[Vec<Posting>], limit: usize) -> Vec<
     let mut scores: HashMap<u64, f64, ahash::RandomState> = HashMap::default();
     for list in lists {
         let holders = list.len() as f64;
-        let rarity = (1.0 + (episodes - holders + 0.5).max(0.0) / (holders + 0.5)).ln();
+        let rarity = rarity(episodes, holders);
         for posting in list {
-            let count = f64::from(posting.count);
-            let length = K1 * (1.0 - B + B * f64::from(posting.length) / mean);
-            *scores.entry(posting.episode).or_insert(0.0) += rarity * count * (K1 + 1.0) / (count + length);
+            *scores.entry(posting.episode).or_insert(0.0) += weight(rarity, posting.count, posting.length, mean);
         }
     }
     let mut ranked: Vec<(u64, f64)> = scores.into_iter().collect();

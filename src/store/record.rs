@@ -25,7 +25,7 @@ pub(crate) const WRITTEN: [u8; 2] = [ROW_VERSION, BLOB_VERSION];
 
 /// The turn has effects.
 pub(crate) const EFFECTS: u8 = 1;
-/// The turn has episodes.
+/// The turn has episodes, or forgot some.
 pub(crate) const EPISODES: u8 = 1 << 1;
 /// The stimulus id is found through the index: it may come again, or it waited in the inbox.
 pub(crate) const INDEXED: u8 = 1 << 2;
@@ -54,7 +54,7 @@ impl Row {
 pub(crate) fn flags(record: &TurnRecord, waited: bool) -> u8 {
     let mut flags = 0;
     flags |= if record.effects.is_empty() { 0 } else { EFFECTS };
-    flags |= if record.episodes.is_empty() { 0 } else { EPISODES };
+    flags |= if record.is_memory() { EPISODES } else { 0 };
     flags |= if record.stimulus.repeatable || waited { INDEXED } else { 0 };
     flags | if links::holds_coarse(record.turn) { COARSE } else { 0 }
 }
@@ -114,6 +114,19 @@ fn decode_parts(bytes: &[u8], position: i64) -> Option<(Row, &[u8])> {
 /// [`Error::Corrupt`].
 pub(crate) fn decode_record(bytes: &[u8], position: i64) -> Result<TurnRecord, Error> {
     TurnRecord::decode(bytes).map_err(|e| Error::Corrupt(format!("turn at {position}: {e}")))
+}
+
+/// The row without the content of the episodes at these places; `None` when nothing of it is left already.
+///
+/// # Errors
+/// [`Error::Corrupt`].
+pub(crate) fn redact(bytes: &[u8], position: i64, places: &[usize]) -> Result<Option<Vec<u8>>, Error> {
+    let (row, rest) = decode_row(bytes, position)?;
+    let mut record = decode_record(rest, position)?;
+    if !record.redact(places) {
+        return Ok(None);
+    }
+    encode(&row, position, &record, Vec::with_capacity(bytes.len())).map(Some)
 }
 
 fn push_varint(out: &mut Vec<u8>, value: u64) {

@@ -2,10 +2,12 @@
 //!
 //! Tests: at the foot, and `tests/it/store_contract.rs`.
 
+use std::collections::BTreeMap;
+
 use serde_json::Value;
 
 use super::{Episode, Error};
-use crate::types::{Millis, RawJson, StateChange, StateDoc, StateSnapshot, StimulusId, TurnRecord};
+use crate::types::{EpisodeId, Millis, RawJson, StateChange, StateDoc, StateSnapshot, StimulusId, TurnRecord};
 
 /// The document of an instance without turns.
 pub(crate) const EMPTY_DOC: &str = r#"{"desired":{},"reported":{}}"#;
@@ -73,23 +75,11 @@ pub(crate) fn generated_at(id: &StimulusId) -> Option<Millis> {
     i64::from_str_radix(ms, 16).ok().map(Millis)
 }
 
-/// Bits of an episode's id that number it within its turn.
-const EPISODE_BITS: u32 = 16;
-
-/// The id of a turn's episode within its instance. Below 2^53 for the first 2^37 turns, so exact in JSON.
-pub(crate) fn episode_id(turn: u64, index: usize) -> u64 {
-    (turn << EPISODE_BITS) | u64::try_from(index).unwrap_or(u64::MAX) & ((1 << EPISODE_BITS) - 1)
-}
-
-/// Turn and position within it of an episode.
-pub(crate) const fn episode_place(id: u64) -> (u64, u64) {
-    (id >> EPISODE_BITS, id & ((1 << EPISODE_BITS) - 1))
-}
-
-/// The episodes a turn recorded.
+/// The episodes a turn recorded and that were not forgotten since.
 pub(crate) fn episodes(record: &TurnRecord) -> impl Iterator<Item = Episode> + '_ {
-    record.episodes.iter().enumerate().map(|(index, draft)| Episode {
-        id: episode_id(record.turn, index),
+    let drafts = record.episodes.iter().enumerate().filter(|(_, draft)| !draft.is_blank());
+    drafts.map(|(index, draft)| Episode {
+        id: EpisodeId::new(record.turn, index).0,
         turn: record.turn,
         content: draft.content.clone(),
         data: draft.data.clone(),
@@ -99,6 +89,15 @@ pub(crate) fn episodes(record: &TurnRecord) -> impl Iterator<Item = Episode> + '
         recorded_at: record.decided_at,
         score: 0.0,
     })
+}
+
+/// The turns of forgotten episodes, each with the places it loses, in order.
+pub(crate) fn losses(record: &TurnRecord) -> BTreeMap<u64, Vec<usize>> {
+    let mut turns: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
+    for id in record.forgotten().ids().filter(|id| id.turn() < record.turn) {
+        turns.entry(id.turn()).or_default().push(id.place());
+    }
+    turns
 }
 
 #[cfg(test)]
@@ -159,10 +158,5 @@ mod tests {
         for chosen in ["order-7", "0123456789abcdef0123456789abcdef", "x23456789abc7ef0123456789abcdef00"] {
             assert_eq!(generated_at(&StimulusId::new(chosen).unwrap()), None, "{chosen}");
         }
-    }
-
-    #[test]
-    fn an_episode_id_leads_to_its_place() {
-        assert_eq!(episode_place(episode_id(12, 3)), (12, 3));
     }
 }

@@ -51,6 +51,16 @@ metrics! {
     REPEATS = Counter "sophont_instance_repeats_total";
     /// Stimuli given up.
     DEAD_LETTERS = Counter "sophont_instance_dead_letters_total";
+    /// Recalls, by engines and by callers.
+    MEMORY_RECALLS = Counter "sophont_memory_recalls_total";
+    /// Time of a recall in seconds.
+    MEMORY_RECALL_SECONDS = Histogram "sophont_memory_recall_seconds";
+    /// Staleness: how long ago what is recalled was recorded, in seconds.
+    MEMORY_RECALLED_AGE_SECONDS = Histogram "sophont_memory_recalled_age_seconds";
+    /// Episodes that came to a memory in use, by kind (`fresh`, `duplicate`, `junk`): duplicate and junk rates.
+    MEMORY_EPISODES = Counter "sophont_memory_episodes_total";
+    /// Bytes of the episodes held ready.
+    MEMORY_SHELF_BYTES = Gauge "sophont_memory_shelf_bytes";
     /// Panics caught in turns.
     PANICS = Counter "sophont_instance_panics_total";
     /// Stimuli of instances with `attention` that no rule decided, by fate (`thought`, `merged`, `held_back`).

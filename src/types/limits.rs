@@ -56,6 +56,20 @@ pub const MAX_RULES_COST: u64 = 1_000_000;
 pub const MAX_TEMPLATE_BYTES: usize = 256 * 1024;
 /// Farthest a reminder may lie ahead, in milliseconds (ten years).
 pub const MAX_REMIND_AHEAD_MS: i64 = 10 * 366 * 24 * 60 * 60 * 1000;
+/// Most episodes of one batch.
+pub const MAX_EPISODES: usize = 1000;
+/// Largest batch of episodes, in bytes of JSON.
+pub const MAX_EPISODES_BYTES: usize = 1024 * 1024;
+/// Longest content of an episode, in bytes.
+pub const MAX_EPISODE_BYTES: usize = 64 * 1024;
+/// Most tags of an episode, and of a question.
+pub const MAX_TAGS: usize = 32;
+/// Longest tag, in bytes.
+pub const MAX_TAG_BYTES: usize = 128;
+/// Most numbers of a vector.
+pub const MAX_DIMENSION: usize = 4096;
+/// Most episodes one turn forgets.
+pub const MAX_FORGOTTEN: usize = 2000;
 /// Most episodes one recall hands to an engine.
 pub const MAX_RECALL: usize = 100;
 /// Longest answer taken from a model, in bytes.

@@ -23,6 +23,8 @@ mod http;
 mod instance;
 mod load;
 mod membership;
+mod memory;
+mod memory_contract;
 mod mqtt;
 mod mqtt_cluster;
 mod mqtt_external;

@@ -16,7 +16,9 @@ use std::{
 use serde_json::{Value, json};
 use sophont::{
     cognition::{Action, Engine, Engines, Error, Progress, Question, Thought, answer::Extractive},
-    config, memory,
+    config,
+    memory::Memory,
+    runtime::clock::Clock,
     store::{Done, Fence, Head, Unit, Work, Writer, memory::MemoryStore},
     types::{
         Channel, Fault, InstanceId, InstanceKey, Kind, Millis, Outcome, Profile, Reply, Source, StateChange, StateDoc,
@@ -510,9 +512,10 @@ async fn what_was_told_answers_a_later_question_without_a_model() {
         store.submit(Unit { key: told.key, fence: Fence::default(), work, done });
         head = end.await.unwrap().unwrap().head;
     }
+    let memory = Memory::new(&config::Config::default().memory, Arc::new(store.clone()), Clock::System);
     let answers = async |text: &str| {
         let mut asked = question(text, PATIENCE);
-        asked.recollection = memory::recall(&store, &asked.key, text, 8, PATIENCE).await.unwrap();
+        asked.recollection = memory.recall(&asked.key, text, 8, PATIENCE).await.unwrap();
         let known: Vec<u64> = asked.recollection.iter().map(|episode| episode.id).collect();
         let thought = Extractive.think(asked, &Heard::default()).await.unwrap();
         let [Action::Reply(reply)] = &thought.actions[..] else { panic!("{thought:?}") };

@@ -2,7 +2,7 @@
 //!
 //! Owns: the listener's threads, the straight line of one request (id, route, caller, call, metrics) and [`Parts`], what a
 //! node hands in. The parts of that line: `route.rs` (which call), `admission.rs` (who and how much), `wire.rs` and `view.rs` (JSON),
-//! `problem.rs` (errors), `stimuli.rs` `instances.rs` `state.rs` `pages.rs` (calls), `follow.rs` `events.rs` `sse.rs`
+//! `problem.rs` (errors), `stimuli.rs` `instances.rs` `state.rs` `memory.rs` `pages.rs` (calls), `follow.rs` `events.rs` `sse.rs`
 //! (streams), `line.rs` (patience with connections), `openapi.rs` (the document), `meters.rs`. Not here: how an instance decides, TLS (a proxy's work as yet).
 //!
 //! Invariants: every answer has `x-request-id`; every refusal after the head is parsed is a problem with a code; nothing is
@@ -51,6 +51,7 @@ mod events;
 mod follow;
 mod instances;
 mod line;
+mod memory;
 mod meters;
 pub mod openapi;
 mod pages;
@@ -279,6 +280,14 @@ impl Door {
             Call::GetInstance => instances::get(&caller).await,
             Call::DeleteInstance => instances::delete(&caller).await,
             Call::ListInstances => instances::list(&caller).await,
+            Call::PostEpisode => memory::post(&caller, payload).await,
+            Call::PostEpisodes => memory::post_batch(&caller, payload).await,
+            Call::Recall => memory::recall(&caller, payload).await,
+            Call::Prune => memory::prune(&caller, payload).await,
+            Call::Forget => memory::forget(&caller, payload).await,
+            Call::MemoryStats => memory::stats(&caller).await,
+            Call::ExportMemory => memory::transfer::export(&caller).await,
+            Call::ImportMemory => memory::transfer::import(&caller, payload).await,
             Call::GetDeadLetters => instances::dead_letters(&caller).await,
             Call::RetryDeadLetter => instances::retry(&caller).await,
             Call::ClusterNodes => cluster::nodes(&caller).await,

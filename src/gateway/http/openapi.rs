@@ -15,6 +15,7 @@ use utoipa::{
 
 use super::{
     cluster::{DrainView, NodeView, ShardView},
+    memory::document,
     problem::ProblemView,
     view::{DeadLetterView, InstanceView, ListedView, Page, StateView, StatusView, TurnView},
     wire::{StatePatchBody, StimulusBody},
@@ -33,7 +34,8 @@ use crate::types::Profile;
     ),
     paths(
         list_instances, put_instance, get_instance, delete_instance, post_stimulus, get_stimulus, get_turns, get_events,
-        get_state, patch_state, get_dead_letters, retry_dead_letter, cluster_nodes, cluster_shards, drain_node,
+        get_state, patch_state, document::post_episode, document::post_episodes, document::recall, document::prune,
+        document::forget, document::memory_stats, document::export_memory, document::import_memory, get_dead_letters, retry_dead_letter, cluster_nodes, cluster_shards, drain_node,
         live, ready, metrics, openapi, docs, start
     ),
     components(schemas(ProblemView)),
@@ -43,6 +45,7 @@ use crate::types::Profile;
         (name = "stimuli", description = "What they are told"),
         (name = "history", description = "What they decided"),
         (name = "state", description = "The twin: desired, reported, delta"),
+        (name = "memory", description = "What they remember"),
         (name = "cluster", description = "Nodes and shards, for operators"),
         (name = "node", description = "Health, metrics, documents")
     )

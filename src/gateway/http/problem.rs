@@ -131,9 +131,12 @@ pub enum Refusal {
     /// Nothing in it.
     #[error("a stimulus needs 'content' or 'data'")]
     Empty,
-    /// The channel of state patches.
-    #[error("channel '{0}' is kept for changes of the state")]
+    /// A channel with a meaning of its own.
+    #[error("channel '{0}' is kept for changes of the state or the memory")]
     Channel(&'static str),
+    /// The instance lives on a node of an older build.
+    #[error("the node that has this instance runs a build without this call")]
+    OldOwner,
     /// No such instance.
     #[error("no such instance")]
     NoInstance,
@@ -168,7 +171,7 @@ impl Fault for Refusal {
     fn kind(&self) -> Kind {
         match self {
             Refusal::Path | Refusal::NoInstance | Refusal::NoStimulus => Kind::NotFound,
-            Refusal::Draining | Refusal::NotReady(_) => Kind::Unavailable,
+            Refusal::Draining | Refusal::NotReady(_) | Refusal::OldOwner => Kind::Unavailable,
             Refusal::NoCredentials | Refusal::BadCredentials => Kind::Unauthenticated,
             Refusal::Foreign(_) | Refusal::Scope(_) | Refusal::Elsewhere | Refusal::Sender | Refusal::ReplyTopic(_) => {
                 Kind::Forbidden
@@ -185,6 +188,7 @@ impl Fault for Refusal {
             Refusal::Method(_) => "METHOD_NOT_ALLOWED",
             Refusal::Draining => "DRAINING",
             Refusal::NotReady(_) => "NOT_READY",
+            Refusal::OldOwner => "OWNER_TOO_OLD",
             Refusal::NoCredentials | Refusal::BadCredentials => "UNAUTHENTICATED",
             Refusal::Foreign(_) => "FOREIGN_ORIGIN",
             Refusal::Scope(_) | Refusal::Elsewhere | Refusal::Sender | Refusal::ReplyTopic(_) => "FORBIDDEN",
@@ -229,7 +233,9 @@ impl Fault for Refusal {
             Refusal::UnknownQuery { allowed, .. } if allowed.is_empty() => "this call takes no query parameters",
             Refusal::UnknownQuery { allowed, .. } => return Some(format!("this call takes: {allowed}")),
             Refusal::TwoIds { .. } => "send one of them, or the same text in both",
-            Refusal::Channel(_) => "PATCH /v1/instances/{id}/state changes the state",
+            Refusal::Channel(_) => {
+                "PATCH /v1/instances/{id}/state changes the state, the memory calls change the memory"
+            }
             Refusal::NoInstance => "send it a stimulus or PUT a profile to create it",
             Refusal::NoStimulus => "add ?instance=ID: ids the node generated are only found within their instance",
             Refusal::Ambiguous(_) => "add ?instance=ID to say which one is meant",

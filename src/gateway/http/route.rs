@@ -21,6 +21,14 @@ pub enum Call {
     GetEvents,
     GetState,
     PatchState,
+    PostEpisode,
+    PostEpisodes,
+    Recall,
+    Prune,
+    Forget,
+    MemoryStats,
+    ExportMemory,
+    ImportMemory,
     GetDeadLetters,
     RetryDeadLetter,
     ClusterNodes,
@@ -50,7 +58,7 @@ const fn row(call: Call, method: &'static str, path: &'static str) -> Row {
 }
 
 /// All calls, in the order of [`Call`].
-pub const CALLS: [Row; 21] = [
+pub const CALLS: [Row; 29] = [
     row(Call::ListInstances, "GET", "/v1/instances"),
     row(Call::PutInstance, "PUT", "/v1/instances/{id}"),
     row(Call::GetInstance, "GET", "/v1/instances/{id}"),
@@ -61,6 +69,14 @@ pub const CALLS: [Row; 21] = [
     row(Call::GetEvents, "GET", "/v1/instances/{id}/events"),
     row(Call::GetState, "GET", "/v1/instances/{id}/state"),
     row(Call::PatchState, "PATCH", "/v1/instances/{id}/state"),
+    row(Call::PostEpisode, "POST", "/v1/instances/{id}/episodes"),
+    row(Call::PostEpisodes, "POST", "/v1/instances/{id}/episodes/batch"),
+    row(Call::Recall, "POST", "/v1/instances/{id}/recall"),
+    row(Call::Prune, "POST", "/v1/instances/{id}/memory/prune"),
+    row(Call::Forget, "POST", "/v1/instances/{id}/memory/forget"),
+    row(Call::MemoryStats, "GET", "/v1/instances/{id}/memory/stats"),
+    row(Call::ExportMemory, "GET", "/v1/instances/{id}/memory/export"),
+    row(Call::ImportMemory, "POST", "/v1/instances/{id}/memory/import"),
     row(Call::GetDeadLetters, "GET", "/v1/instances/{id}/dead-letters"),
     row(Call::RetryDeadLetter, "POST", "/v1/instances/{id}/dead-letters/{sid}/retry"),
     row(Call::ClusterNodes, "GET", "/v1/cluster/nodes"),
@@ -91,11 +107,19 @@ impl Call {
             | Call::GetTurns
             | Call::GetEvents
             | Call::GetState
+            | Call::Recall
+            | Call::MemoryStats
+            | Call::ExportMemory
             | Call::GetDeadLetters => Some(Scope::Read),
             Call::PutInstance
             | Call::DeleteInstance
             | Call::PostStimulus
             | Call::PatchState
+            | Call::PostEpisode
+            | Call::PostEpisodes
+            | Call::Prune
+            | Call::Forget
+            | Call::ImportMemory
             | Call::RetryDeadLetter => Some(Scope::Write),
         }
     }
@@ -165,6 +189,14 @@ fn template(path: &str) -> Option<(&'static str, &str, &str)> {
         ["v1", "instances", id, "turns"] => ("/v1/instances/{id}/turns", id, ""),
         ["v1", "instances", id, "events"] => ("/v1/instances/{id}/events", id, ""),
         ["v1", "instances", id, "state"] => ("/v1/instances/{id}/state", id, ""),
+        ["v1", "instances", id, "episodes"] => ("/v1/instances/{id}/episodes", id, ""),
+        ["v1", "instances", id, "episodes", "batch"] => ("/v1/instances/{id}/episodes/batch", id, ""),
+        ["v1", "instances", id, "recall"] => ("/v1/instances/{id}/recall", id, ""),
+        ["v1", "instances", id, "memory", "prune"] => ("/v1/instances/{id}/memory/prune", id, ""),
+        ["v1", "instances", id, "memory", "forget"] => ("/v1/instances/{id}/memory/forget", id, ""),
+        ["v1", "instances", id, "memory", "stats"] => ("/v1/instances/{id}/memory/stats", id, ""),
+        ["v1", "instances", id, "memory", "export"] => ("/v1/instances/{id}/memory/export", id, ""),
+        ["v1", "instances", id, "memory", "import"] => ("/v1/instances/{id}/memory/import", id, ""),
         ["v1", "instances", id, "dead-letters"] => ("/v1/instances/{id}/dead-letters", id, ""),
         ["v1", "instances", id, "dead-letters", sid, "retry"] => {
             ("/v1/instances/{id}/dead-letters/{sid}/retry", id, sid)

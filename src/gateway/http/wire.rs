@@ -14,6 +14,7 @@ use crate::{
     types::{
         AuthContext, Channel, Millis, Principal, Priority, RawJson, ReplyTo, Source, Stimulus, StimulusId,
         limits::MAX_SENDER_BYTES,
+        memory::{FORGET_CHANNEL, WRITE_CHANNEL},
     },
 };
 
@@ -108,6 +109,8 @@ impl StimulusBody<'_> {
             Some(channel) if channel.as_str() == Router::PATCH_CHANNEL => {
                 return Err(Refusal::Channel(Router::PATCH_CHANNEL));
             }
+            Some(channel) if channel.as_str() == WRITE_CHANNEL => return Err(Refusal::Channel(WRITE_CHANNEL)),
+            Some(channel) if channel.as_str() == FORGET_CHANNEL => return Err(Refusal::Channel(FORGET_CHANNEL)),
             Some(channel) => channel,
             None => channel(DEFAULT_CHANNEL)?,
         };
@@ -200,6 +203,8 @@ mod tests {
             (r#"{}"#, "content"),
             (r#"{"content":"x","salience":1.5}"#, "salience"),
             (r#"{"content":"x","channel":"state/patch"}"#, "state/patch"),
+            (r#"{"content":"x","channel":"memory/write"}"#, "memory/write"),
+            (r#"{"content":"x","channel":"memory/forget"}"#, "memory/forget"),
             (r#"{"content":"x","channel":"a//b"}"#, "channel"),
             (r#"{"content":"x","priority":"urgent"}"#, "urgent"),
             (r#"{"content":"x","sender":""}"#, "sender"),

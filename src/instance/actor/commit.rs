@@ -161,6 +161,7 @@ impl InstanceActor {
                 }
                 self.refuse_all(&Error::NotFound);
                 self.environment.states.forget(&self.key);
+                self.environment.memory.drop_shelf(&self.key);
                 self.environment.hub.publish(&self.key, || Event::Forgotten);
                 drop(answer.send(Ok(())));
                 return self.reload(ctx);

@@ -14,8 +14,7 @@ use crate::{
         inbox::Waiting,
         turn::{self, Author, Mind},
     },
-    memory,
-    types::{Fault as _, InstanceKey, limits::MAX_TRIES},
+    types::{Fault as _, InstanceKey, limits::MAX_TRIES, memory::ENGINE},
 };
 
 /// Tries of a stimulus whose engine is unavailable, with growing pauses, before it goes to the dead letters.
@@ -173,11 +172,13 @@ async fn ask(
     let (reader, limit) = (&environment.store, question.deadline);
     if turns > 0 {
         let text = question.stimulus.content.as_deref().unwrap_or_default();
-        let recalled = memory::recall(&**reader, &question.key, text, episodes, limit).await;
+        let recalled = environment.memory.recall(&question.key, text, episodes, limit).await;
         question.recollection = recalled.map_err(unavailable)?;
         if recent > 0 {
             let after = turns.saturating_sub(recent as u64);
             question.recent = reader.turns(&question.key, after, recent).await.map_err(unavailable)?;
+            // Nobody said anything in them.
+            question.recent.retain(|turn| turn.engine != ENGINE);
         }
     }
     let progress = Stream { environment: environment.clone(), key: question.key.clone(), live: slow };

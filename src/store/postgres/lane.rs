@@ -453,6 +453,12 @@ impl Attempt<'_> {
             let known = self.known(unit, place).await?;
             ends[at] = Err(Rejection::Duplicate { index, known });
         }
+        for loss in writes.take_losses() {
+            let found = self.conn.run(&TURN_AT, &[&loss.0, &loss.1, &big(loss.2)]).await?;
+            if let Some(row) = found.first() {
+                writes.redact(&loss, row.try_get(0)?).map_err(Failure::Refused)?;
+            }
+        }
         let shards = self.shared.shards;
         writes.flatten(|key| key.shard(shards)).map_err(Failure::Refused)?;
         Ok((ends, writes))

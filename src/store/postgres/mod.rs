@@ -66,7 +66,7 @@ use self::{
 };
 use super::{
     DeadLetter, Done, Episode, Error, Feed, Fence, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing, Pending,
-    Reader, Rejection, Scope, Shipping, Stats, Store, Unit, Work, Writer,
+    Reader, Rejection, Remembered, Scope, Shipping, Stats, Store, Unit, Work, Writer,
 };
 use crate::{
     config,
@@ -505,6 +505,16 @@ impl Reader for PostgresStore {
 
     async fn recall(&self, key: &InstanceKey, query: &str, limit: usize) -> Result<Vec<Episode>, Error> {
         self.recall_episodes(key, query, limit).await
+    }
+
+    async fn remembered(&self, key: &InstanceKey, after: u64, limit: usize) -> Result<Remembered, Error> {
+        self.read_remembered(key, after, limit).await
+    }
+
+    async fn turns_at(&self, key: &InstanceKey, turns: &[u64]) -> Result<Vec<Arc<TurnRecord>>, Error> {
+        let Some(standing) = self.standing(key).await? else { return Ok(Vec::new()) };
+        let turns: Vec<i64> = turns.iter().map(|turn| writes::big(*turn)).collect();
+        Ok(self.read_turns_at(key, standing.life, &turns).await?.into_iter().map(Arc::new).collect())
     }
 
     fn feeds(&self, scope: &Scope) -> Vec<Feed> {

@@ -482,7 +482,12 @@ impl PostgresStore {
     }
 
     /// Turns of a life, by their numbers.
-    pub(super) async fn turns_at(&self, key: &InstanceKey, life: i64, turns: &[i64]) -> Result<Vec<TurnRecord>, Error> {
+    pub(super) async fn read_turns_at(
+        &self,
+        key: &InstanceKey,
+        life: i64,
+        turns: &[i64],
+    ) -> Result<Vec<TurnRecord>, Error> {
         let found = self.rows_of(&key.tenant, &TURNS_AT, &[&key.tenant.as_str(), &life, &turns]).await?;
         Ok(found.iter().map(|row| rows::turn(row, 0)).collect::<Result<_, _>>()?)
     }

@@ -2,23 +2,27 @@
 //!
 //! Tests: `tests/it/store_contract.rs`.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use tokio_postgres::types::Type;
 
 use super::{
     PostgresStore,
     connect::Failure,
+    rows,
     sql::Sql,
     writes::{big, lexeme},
 };
 use crate::{
     store::{
-        Episode, Error,
+        Episode, Error, Remembered,
         rank::{self, Corpus, Posting},
         replay,
     },
-    types::InstanceKey,
+    types::{EpisodeId, InstanceKey},
 };
 
 const CORPUS: Sql = Sql {
@@ -31,8 +35,35 @@ const POSTINGS: Sql = Sql {
            WHERE e.tenant = $1 AND e.life = $2 AND e.lexemes @@ $3::text::tsquery AND l.lexeme = ANY($4)",
     types: &[Type::TEXT, Type::INT8, Type::TEXT, Type::TEXT_ARRAY],
 };
+/// Goes from turn to turn, however many episodes each has.
+const REMEMBERED: Sql = Sql {
+    text: "WITH RECURSIVE t(turn) AS (
+             (SELECT e.episode >> 16 FROM episodes e
+               WHERE e.tenant = $1 AND e.life = $2 AND e.episode >= $3 ORDER BY e.episode LIMIT 1)
+             UNION ALL
+             SELECT (SELECT e.episode >> 16 FROM episodes e
+               WHERE e.tenant = $1 AND e.life = $2 AND e.episode >= (t.turn + 1) << 16 ORDER BY e.episode LIMIT 1)
+             FROM t WHERE t.turn IS NOT NULL)
+           SELECT r.rec FROM (SELECT turn FROM t WHERE turn IS NOT NULL LIMIT $4) x
+           JOIN turns r ON r.tenant = $1 AND r.life = $2 AND r.turn = x.turn ORDER BY r.turn",
+    types: &[Type::TEXT, Type::INT8, Type::INT8, Type::INT8],
+};
 
 impl PostgresStore {
+    pub(super) async fn read_remembered(
+        &self,
+        key: &InstanceKey,
+        after: u64,
+        limit: usize,
+    ) -> Result<Remembered, Error> {
+        let Some(standing) = self.standing(key).await? else { return Ok(Remembered::default()) };
+        let (tenant, life) = (key.tenant.as_str(), standing.life);
+        let from = big(EpisodeId::new(after + 1, 0).0);
+        let found = self.rows_of(&key.tenant, &REMEMBERED, &[&tenant, &life, &from, &big(limit as u64)]).await?;
+        let turns = found.iter().map(|row| rows::turn(row, 0).map(Arc::new)).collect::<Result<_, _>>()?;
+        Ok(Remembered { life, turns })
+    }
+
     pub(super) async fn recall_episodes(
         &self,
         key: &InstanceKey,
@@ -67,11 +98,11 @@ impl PostgresStore {
             });
         }
         let best = rank::best(corpus, &lists, limit);
-        let turns: HashSet<i64> = best.iter().map(|(id, _)| big(replay::episode_place(*id).0)).collect();
-        let turns = self.turns_at(key, life, &turns.into_iter().collect::<Vec<_>>()).await?;
+        let turns: HashSet<i64> = best.iter().map(|(id, _)| big(EpisodeId(*id).turn())).collect();
+        let turns = self.read_turns_at(key, life, &turns.into_iter().collect::<Vec<_>>()).await?;
         let turns: HashMap<u64, _> = turns.into_iter().map(|turn| (turn.turn, turn)).collect();
         let episode = |(id, score): (u64, f64)| {
-            let turn = turns.get(&replay::episode_place(id).0)?;
+            let turn = turns.get(&EpisodeId(id).turn())?;
             replay::episodes(turn).find(|episode| episode.id == id).map(|episode| Episode { score, ..episode })
         };
         Ok(best.into_iter().filter_map(episode).collect())

@@ -9,7 +9,7 @@ use tokio_postgres::types::Type;
 use super::sql::{Param, Sql};
 use crate::{
     store::{Error, Feed, Fence, MqttWrite, Pending, Shipping, rank, record, replay},
-    types::{InstanceKey, Millis, Stimulus, StimulusId, TenantId, TurnRecord},
+    types::{EpisodeId, InstanceKey, Millis, Stimulus, StimulusId, TenantId, TurnRecord},
 };
 
 /// Most different words of an episode that are indexed: a `tsvector` holds a megabyte at most.
@@ -61,6 +61,20 @@ const EPISODES: Sql = Sql {
              ORDER BY p.episode DESC LIMIT 1) last ON true
            WINDOW own AS (PARTITION BY e.tenant, e.life ORDER BY e.episode)",
     types: &[Type::TEXT_ARRAY, Type::INT8_ARRAY, Type::INT8_ARRAY, Type::INT8_ARRAY, Type::TEXT_ARRAY],
+};
+/// Earlier turns without what was forgotten of them.
+const REDACTED: Sql = Sql {
+    text: "UPDATE turns t SET rec = g.rec
+           FROM unnest($1::text[], $2::bigint[], $3::bigint[], $4::bytea[]) g(tenant, life, turn, rec)
+           WHERE t.tenant = g.tenant AND t.life = g.life AND t.turn = g.turn",
+    types: &[Type::TEXT_ARRAY, Type::INT8_ARRAY, Type::INT8_ARRAY, Type::BYTEA_ARRAY],
+};
+/// The words of what was forgotten; the places stay.
+const LOST: Sql = Sql {
+    text: "UPDATE episodes e SET lexemes = ''::tsvector
+           FROM unnest($1::text[], $2::bigint[], $3::bigint[]) g(tenant, life, episode)
+           WHERE e.tenant = g.tenant AND e.life = g.life AND e.episode = g.episode",
+    types: &[Type::TEXT_ARRAY, Type::INT8_ARRAY, Type::INT8_ARRAY],
 };
 const INBOX_OUT: Sql = Sql { text: "DELETE FROM inbox WHERE ord = ANY($1::bigint[])", types: &[Type::INT8_ARRAY] };
 const INBOX_IN: Sql = Sql {
@@ -178,6 +192,9 @@ const RETAINED: Sql = Sql {
     types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::BYTEA_ARRAY],
 };
 
+/// An earlier turn that loses episodes: tenant, life, turn, places.
+pub(super) type Loss<'a> = (&'a str, i64, u64, Vec<usize>);
+
 /// Columns.
 type Texts<'a> = Vec<&'a str>;
 type Numbers = Vec<i64>;
@@ -195,6 +212,9 @@ pub(super) struct Writes<'a> {
     turns: Turns<'a>,
     seen: BTreeMap<(&'a str, &'a str, i64), (i64, i32)>,
     episodes: (Texts<'a>, Numbers, Numbers, Numbers, Vec<String>),
+    redacted: (Texts<'a>, Numbers, Numbers, Blobs),
+    lost: (Texts<'a>, Numbers, Numbers),
+    losses: Vec<Loss<'a>>,
     inbox_out: Numbers,
     inbox_in: (Texts<'a>, Texts<'a>, Shorts, Texts<'a>, Blobs),
     revived: (Numbers, Shorts),
@@ -318,6 +338,10 @@ impl<'a> Writes<'a> {
         if row.has(record::INDEXED) {
             self.seen.insert((tenant, turn.stimulus.id.as_str(), life), (number, day(turn.decided_at)));
         }
+        self.losses.extend(replay::losses(turn).into_iter().map(|(number, places)| (tenant, life, number, places)));
+        if !turn.forgotten().runs.is_empty() {
+            self.episode(tenant, life, EpisodeId::marker(turn.turn).0, 0, String::new());
+        }
         for episode in replay::episodes(turn) {
             let (counts, length) = rank::count_words(&episode.content, &episode.tags);
             let mut words: Vec<(&String, &u32)> = counts.iter().collect();
@@ -327,11 +351,39 @@ impl<'a> Writes<'a> {
                 .iter()
                 .map(|(word, count)| format!("'{}':{}", lexeme(life, word), (**count).min(MAX_COUNT)))
                 .collect();
-            self.episodes.0.push(tenant);
-            self.episodes.1.push(life);
-            self.episodes.2.push(big(episode.id));
-            self.episodes.3.push(i64::from(length));
-            self.episodes.4.push(lexemes.join(" "));
+            self.episode(tenant, life, episode.id, length, lexemes.join(" "));
+        }
+        Ok(())
+    }
+
+    fn episode(&mut self, tenant: &'a str, life: i64, id: u64, length: u32, lexemes: String) {
+        self.episodes.0.push(tenant);
+        self.episodes.1.push(life);
+        self.episodes.2.push(big(id));
+        self.episodes.3.push(i64::from(length));
+        self.episodes.4.push(lexemes);
+    }
+
+    /// The earlier turns that lose something, to be read and given back by [`Writes::redact`].
+    pub(super) fn take_losses(&mut self) -> Vec<Loss<'a>> {
+        std::mem::take(&mut self.losses)
+    }
+
+    /// An earlier turn without what was forgotten of it.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`].
+    pub(super) fn redact(&mut self, loss: &Loss<'a>, rec: &[u8]) -> Result<(), Error> {
+        let (tenant, life, turn, places) = loss;
+        let Some(redacted) = record::redact(rec, 0, places)? else { return Ok(()) };
+        self.redacted.0.push(tenant);
+        self.redacted.1.push(*life);
+        self.redacted.2.push(big(*turn));
+        self.redacted.3.push(redacted);
+        for place in places {
+            self.lost.0.push(tenant);
+            self.lost.1.push(*life);
+            self.lost.2.push(big(EpisodeId::new(*turn, *place).0));
         }
         Ok(())
     }
@@ -508,7 +560,7 @@ impl<'a> Writes<'a> {
     pub(super) fn steps(&self) -> Vec<Step<'_>> {
         let (instances, turns, dead, flat) = (&self.instances, &self.turns, &self.dead_in, &self.flat);
         let postponed = &flat.postponed;
-        let all: [(&'static Sql, usize, Vec<Param<'_>>); 24] = [
+        let all: [(&'static Sql, usize, Vec<Param<'_>>); 26] = [
             (&FORGOTTEN, self.forgotten.0.len(), vec![&self.forgotten.0, &self.forgotten.1, &self.forgotten.2]),
             (&INSTANCES, instances.0.len(), vec![&instances.0, &instances.1, &instances.2, &instances.3, &instances.4]),
             (&PROFILES, self.profiles.0.len(), vec![&self.profiles.0, &self.profiles.1, &self.profiles.2]),
@@ -545,6 +597,12 @@ impl<'a> Writes<'a> {
                 self.episodes.0.len(),
                 vec![&self.episodes.0, &self.episodes.1, &self.episodes.2, &self.episodes.3, &self.episodes.4],
             ),
+            (
+                &REDACTED,
+                self.redacted.0.len(),
+                vec![&self.redacted.0, &self.redacted.1, &self.redacted.2, &self.redacted.3],
+            ),
+            (&LOST, self.lost.0.len(), vec![&self.lost.0, &self.lost.1, &self.lost.2]),
             (&LODGED, flat.lodged.0.len(), vec![&flat.lodged.0, &flat.lodged.1]),
             (&SHIPPED, flat.shipped.0.len(), vec![&flat.shipped.0, &flat.shipped.1]),
             (&SETTLED, flat.settled.0.len(), vec![&flat.settled.0, &flat.settled.1, &flat.settled.2]),

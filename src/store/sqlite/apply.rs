@@ -9,16 +9,18 @@ use rusqlite::params;
 
 use super::{
     memtable::{Decided, IdKey, Latest, day, id_key},
+    query,
     record::{self, Row},
     rows,
     writer::Writer,
 };
 use crate::{
     store::{
-        Committed, DeadLetter, Error, Head, Known, MqttWrite, Rejection, Shipping, Unit, Work, check,
+        Committed, DeadLetter, Episode, Error, Head, Known, MqttWrite, Rejection, Shipping, Unit, Work, check,
         links::{LOW, STEPS, holds_coarse},
+        rank, replay,
     },
-    types::{InstanceKey, Millis, Profile, Stimulus, StimulusId, TurnRecord},
+    types::{EpisodeId, InstanceKey, Millis, Profile, Stimulus, StimulusId, TurnRecord, memory},
 };
 
 /// Why a unit was not applied.
@@ -141,6 +143,10 @@ impl Writer<'_> {
 
     /// Writes one turn to the log; the head after it.
     fn append(&mut self, key: &InstanceKey, head: Head, record: &TurnRecord) -> Result<Head, Error> {
+        if memory::writes(&record.stimulus) && self.waiting.get(key) > 0 {
+            // What was to be remembered stood in the inbox as well, where nobody will look for it to forget it.
+            self.overwrite(true)?;
+        }
         let waited = self.leave_inbox(key, &record.stimulus.id)?;
         let seq = self.take_position();
         let mut place = head.place();
@@ -164,11 +170,58 @@ impl Writer<'_> {
             let decided = Decided { seq, day: day(record.decided_at) };
             self.delta.ids.insert(id_key(key, &record.stimulus.id), decided);
         }
+        self.lose(key, head, record)?;
         if row.has(record::EPISODES) {
             self.delta.episodes.entry(key.clone()).or_default().push(seq);
         }
         self.outgoing |= row.has(record::EFFECTS);
         Ok(head)
+    }
+
+    /// Takes what a turn forgets out of the log and out of the words, and lets nothing of it stand in the pages it leaves.
+    fn lose(&mut self, key: &InstanceKey, head: Head, record: &TurnRecord) -> Result<(), Error> {
+        let losses = replay::losses(record);
+        if losses.is_empty() {
+            return Ok(());
+        }
+        self.overwrite(true)?;
+        let owner = rows::born(self.db, key)?;
+        let mut update = self.db.prepare_cached("UPDATE turns SET rec = ?2 WHERE seq = ?1")?;
+        for (turn, places) in losses {
+            let Some(seq) = query::position(self.db, key, head, turn)? else { continue };
+            let Some((_, lost)) = rows::turn_at(self.db, key, seq)? else { continue };
+            if let Some(owner) = owner {
+                for episode in replay::episodes(&lost).filter(|e| places.contains(&EpisodeId(e.id).place())) {
+                    self.lose_words(owner, &episode)?;
+                }
+            }
+            let rec: Vec<u8> =
+                self.db.prepare_cached("SELECT rec FROM turns WHERE seq = ?1")?.query_row([seq], |row| row.get(0))?;
+            if let Some(redacted) = record::redact(&rec, seq, &places)? {
+                update.execute(params![seq, redacted])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The words of an episode, as far as they are folded. Its place stays.
+    fn lose_words(&self, owner: i64, episode: &Episode) -> Result<(), Error> {
+        let mut delete = self.db.prepare_cached("DELETE FROM words WHERE owner = ?1 AND word = ?2 AND episode = ?3")?;
+        for word in rank::count_words(&episode.content, &episode.tags).0.keys() {
+            delete.execute(params![owner, word, episode.id])?;
+        }
+        Ok(())
+    }
+
+    /// Whether what is deleted is overwritten with zeros, also in pages that become free. Costs writes, so only where content
+    /// must be gone; the usual way overwrites it in pages that are written anyway.
+    pub(super) fn overwrite(&mut self, all: bool) -> Result<(), Error> {
+        if self.overwrites != all {
+            let sql = if all { "PRAGMA secure_delete = ON" } else { "PRAGMA secure_delete = FAST" };
+            self.db.prepare_cached(sql)?.query_row([], |_| Ok(()))?;
+            self.overwrites = all;
+        }
+        Ok(())
     }
 
     /// Takes a stimulus out of the inbox; whether it stood there.

@@ -21,6 +21,7 @@ impl Writer<'_> {
     /// Removes about `rows` rows within the running transaction.
     pub(super) fn chores_portion(&mut self, rows: usize) -> Result<(), Error> {
         if self.has_forgotten {
+            self.overwrite(true)?;
             match self.next_forgotten()? {
                 Some((born, seq)) if seq != 0 => self.remove_turns(born, seq, rows)?,
                 Some((born, _)) => self.remove_episodes(born, rows)?,

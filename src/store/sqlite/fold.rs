@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     store::{Error, rank, replay},
-    types::InstanceKey,
+    types::{EpisodeId, InstanceKey},
 };
 
 /// What an episode weighs in a portion, in rows.
@@ -208,6 +208,12 @@ impl Writer<'_> {
             "INSERT OR REPLACE INTO words (owner, word, episode, count, length) VALUES (?1, ?2, ?3, ?4, ?5)",
         )?;
         let mut corpus = rank::Corpus::default();
+        // What tells of forgotten episodes has a place and no words.
+        let blank = record.episodes.iter().enumerate().filter(|(_, draft)| draft.is_blank());
+        let forgets = (!record.forgotten().runs.is_empty()).then(|| EpisodeId::marker(record.turn));
+        for id in blank.map(|(at, _)| EpisodeId::new(record.turn, at)).chain(forgets) {
+            place.execute(params![owner, id.0, seq])?;
+        }
         for episode in replay::episodes(&record) {
             // Folded before a crash: its words are there and counted.
             if place.execute(params![owner, episode.id, seq])? == 0 {

@@ -59,7 +59,7 @@ use self::{
 };
 use super::{
     DeadLetter, Done, Episode, Error, Feed, Fence, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing, Pending,
-    Reader, Rejection, Scope, Shipping, Stats, Store, Unit, Writer, record,
+    Reader, Rejection, Remembered, Scope, Shipping, Stats, Store, Unit, Writer, record,
 };
 use crate::{
     config,
@@ -334,6 +334,16 @@ impl Reader for SqliteStore {
     async fn recall(&self, key: &InstanceKey, query: &str, limit: usize) -> Result<Vec<Episode>, Error> {
         let (key, query) = (key.clone(), String::from(query));
         self.read(move |view| view.recall(&key, &query, limit)).await
+    }
+
+    async fn remembered(&self, key: &InstanceKey, after: u64, limit: usize) -> Result<Remembered, Error> {
+        let key = key.clone();
+        self.read(move |view| view.remembered(&key, after, limit)).await
+    }
+
+    async fn turns_at(&self, key: &InstanceKey, turns: &[u64]) -> Result<Vec<Arc<TurnRecord>>, Error> {
+        let (key, turns) = (key.clone(), turns.to_vec());
+        self.read(move |view| view.turns_at(&key, &turns)).await
     }
 
     fn feeds(&self, _: &Scope) -> Vec<Feed> {

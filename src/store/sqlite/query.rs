@@ -44,7 +44,7 @@ pub(super) struct Settled<'a, T> {
 }
 
 impl<T> Settled<'_, T> {
-    fn head(&self, key: &InstanceKey) -> Result<Head, Error> {
+    pub(super) fn head(&self, key: &InstanceKey) -> Result<Head, Error> {
         match self.latest {
             Some(latest) => Ok(latest.head),
             None => rows::folded_head(&self.tx, key),
@@ -430,6 +430,15 @@ fn descend(db: &Connection, key: &InstanceKey, from: Place, turn: u64) -> Result
         place = rows::row_at(db, key, seq)?.ok_or_else(|| rows::missing(key, seq))?.place;
     }
     Ok(place)
+}
+
+/// Where a turn before the head stands in the log.
+pub(super) fn position(db: &Connection, key: &InstanceKey, head: Head, turn: u64) -> Result<Option<i64>, Error> {
+    if turn == 0 || turn > head.turn {
+        return Ok(None);
+    }
+    let place = descend(db, key, head.place(), turn + 1)?;
+    Ok(place.jump(turn).filter(|(landed, _)| *landed == turn).map(|(_, seq)| seq))
 }
 
 /// The turn that decided a stimulus with a generated id. It was decided soon after the id was made, unless it waited in

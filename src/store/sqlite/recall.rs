@@ -3,18 +3,21 @@
 //! Why an index of our own and not FTS5 stands in `docs/adr/0005-storage-format-and-versioning.md`.
 //! Tests: `tests/it/store_contract.rs`.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use rusqlite::{Connection, OptionalExtension as _, params};
 
-use super::{reader::View, rows};
+use super::{query, reader::View, rows};
 use crate::{
     store::{
-        Episode, Error,
+        Episode, Error, Remembered,
         rank::{self, Corpus, Posting},
         replay,
     },
-    types::InstanceKey,
+    types::{EpisodeId, InstanceKey, TurnRecord},
 };
 
 impl View {
@@ -61,6 +64,67 @@ impl View {
         }
         Ok(found)
     }
+
+    pub(super) fn remembered(&self, key: &InstanceKey, after: u64, limit: usize) -> Result<Remembered, Error> {
+        let settled = self.settled(key, |memtable| memtable.episodes(key))?;
+        let tx = &settled.tx;
+        let Some(owner) = rows::born(tx, key)? else { return Ok(Remembered::default()) };
+        let mut turns = Vec::new();
+        let mut next = after + 1;
+        while turns.len() < limit {
+            let Some((episode, seq)) = folded_from(tx, owner, EpisodeId::new(next, 0))? else { break };
+            let (_, record) = rows::turn_at(tx, key, seq)?.ok_or_else(|| rows::missing(key, seq))?;
+            turns.push(Arc::new(record));
+            next = episode.turn() + 1;
+        }
+        let mut unfolded: Vec<i64> = settled.extra.iter().copied().filter(|seq| *seq > owner).collect();
+        unfolded.sort_unstable();
+        unfolded.dedup();
+        // In the order of turns, so the first that is new is found by halves.
+        let (mut low, mut high) = (0, unfolded.len());
+        while low < high {
+            let middle = usize::midpoint(low, high);
+            let seq = unfolded[middle];
+            let row = rows::row_at(tx, key, seq)?.ok_or_else(|| rows::missing(key, seq))?;
+            if row.place.turn < next {
+                low = middle + 1;
+            } else {
+                high = middle;
+            }
+        }
+        for &seq in unfolded[low..].iter().take(limit - turns.len()) {
+            let (_, record) = rows::turn_at(tx, key, seq)?.ok_or_else(|| rows::missing(key, seq))?;
+            turns.push(Arc::new(record));
+        }
+        Ok(Remembered { life: owner, turns })
+    }
+
+    pub(super) fn turns_at(&self, key: &InstanceKey, turns: &[u64]) -> Result<Vec<Arc<TurnRecord>>, Error> {
+        let settled = self.settled(key, |_| ())?;
+        let tx = &settled.tx;
+        let Some(owner) = rows::born(tx, key)? else { return Ok(Vec::new()) };
+        let head = settled.head(key)?;
+        let mut found = Vec::with_capacity(turns.len());
+        for &turn in turns {
+            let folded = folded_from(tx, owner, EpisodeId::new(turn, 0))?.filter(|(episode, _)| episode.turn() == turn);
+            let seq = match folded {
+                Some((_, seq)) => Some(seq),
+                None => query::position(tx, key, head, turn)?,
+            };
+            if let Some(seq) = seq {
+                found.extend(rows::turn_at(tx, key, seq)?.map(|(_, record)| Arc::new(record)));
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// The first folded episode at or behind one, and where its turn stands.
+fn folded_from(db: &Connection, owner: i64, from: EpisodeId) -> Result<Option<(EpisodeId, i64)>, Error> {
+    let mut query = db.prepare_cached(
+        "SELECT episode, seq FROM episodes WHERE owner = ?1 AND episode >= ?2 ORDER BY episode LIMIT 1",
+    )?;
+    Ok(query.query_row(params![owner, from.0], |row| Ok((EpisodeId(row.get(0)?), row.get(1)?))).optional()?)
 }
 
 fn folded_corpus(db: &Connection, owner: i64) -> Result<Corpus, Error> {

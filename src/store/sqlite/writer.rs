@@ -134,6 +134,8 @@ pub(super) struct Writer<'c> {
     /// The running transaction has effects.
     pub(super) outgoing: bool,
     pub(super) buffer: Vec<u8>,
+    /// Deleted content is overwritten wherever it stood.
+    pub(super) overwrites: bool,
     /// The next log position.
     next: i64,
     /// A position was given out that no row of the log will show.
@@ -176,6 +178,7 @@ impl<'c> Writer<'c> {
             has_forgotten: true,
             outgoing: false,
             buffer: Vec::new(),
+            overwrites: false,
             next: next + 1,
             issued: false,
             max_batch: max_batch.max(1),
@@ -338,6 +341,7 @@ impl<'c> Writer<'c> {
     /// when it fails.
     pub(super) fn transact<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T, Error>) -> Result<T, Error> {
         self.before()?;
+        self.overwrite(false)?;
         let next = self.next;
         self.db.execute_batch("BEGIN IMMEDIATE")?;
         let done = work(self).and_then(|value| {
