@@ -58,6 +58,8 @@ fn question(text: &str) -> Question {
         now: Millis(0),
         deadline: Duration::from_secs(120),
         tools: std::sync::Arc::new(sophont::cognition::toolbox::Empty),
+        steps: Vec::new(),
+        bounds: sophont::cognition::Bounds { steps: 100, tokens: 1_000_000 },
     }
 }
 
@@ -86,11 +88,14 @@ async fn main() {
         max_waiting: 10,
         idle_seconds: 60,
         max_tokens: 128,
+        context_tokens: 8192,
     };
     let engines = Engines::new(&config::Cognition {
         default_engine: EngineName::Llm,
         default_provider: String::new(),
         think_seconds: 120,
+        max_steps: 100,
+        max_tokens_per_turn: 1_000_000,
         providers: BTreeMap::from([(String::from("example"), provider)]),
     })
     .unwrap();

@@ -484,7 +484,8 @@ mod tests {
     #[test]
     fn what_is_written_is_read_by_all_builds_of_the_protocol() {
         let [row, blob] = store::record::WRITTEN;
-        let written = [turn::RECORD_VERSION, row, blob, mqtt::record::VERSION, cluster::bus::frame::VERSION];
-        assert_eq!((cluster::PROTOCOL.min, written), (1, [1; 5]), "records, rows, blobs, MQTT records, frames");
+        let step = store::journal::WRITTEN;
+        let written = [turn::RECORD_VERSION, row, blob, mqtt::record::VERSION, cluster::bus::frame::VERSION, step];
+        assert_eq!((cluster::PROTOCOL.min, written), (1, [1; 6]), "records, rows, blobs, MQTT records, frames, steps");
     }
 }

@@ -80,6 +80,8 @@ mod tests {
             default_engine: EngineName::Reflex,
             default_provider: String::new(),
             think_seconds: 1,
+            max_steps: 100,
+            max_tokens_per_turn: 1_000_000,
             providers: std::collections::BTreeMap::new(),
         })
         .unwrap();

@@ -10,17 +10,19 @@ use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 
 use crate::types::{
-    Channel, EpisodeDraft, Fault, InstanceId, InstanceKey, Kind, Millis, Profile, RawJson, Reply, StateDoc, Stimulus,
-    TurnRecord, Usage,
+    Channel, EpisodeDraft, Fault, InstanceId, InstanceKey, Kind, Millis, Profile, RawJson, Reply, StateDoc, Step,
+    Stimulus, TurnRecord, Usage,
 };
 
 pub mod answer;
+pub mod course;
 mod engines;
 pub mod llm;
 pub mod reflex;
 pub mod scripted;
 pub mod toolbox;
 
+pub use course::Bounds;
 pub use engines::Engines;
 pub use toolbox::Toolbox;
 
@@ -110,6 +112,10 @@ pub struct Question {
     pub deadline: Duration,
     /// The tools of the node.
     pub tools: Arc<dyn Toolbox>,
+    /// The steps this turn has behind it: a thought that was interrupted goes on there.
+    pub steps: Vec<Arc<Step>>,
+    /// How far it may go.
+    pub bounds: Bounds,
 }
 
 /// What an engine decided.
@@ -125,12 +131,21 @@ pub struct Thought {
     pub steps: u32,
 }
 
-/// Receives the words of an answer while it is being thought. Must not block.
+/// Receives the words of an answer while it is being thought, and its steps.
+#[async_trait]
 pub trait Progress: Send + Sync {
-    /// The next piece of the answer's text.
+    /// The next piece of the answer's text. Must not block.
     fn token(&self, text: &str);
-    /// Everything streamed so far is void: the call failed midway and begins anew.
+    /// Everything streamed since the last commit is void: the call failed midway and begins anew. Must not block.
     fn restart(&self);
+    /// Commits steps of the turn, in order; they and the words streamed before are final when this returns.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`]: they may or may not be written. The thought must end; the next try is told which stand.
+    async fn commit(&self, steps: Vec<Step>) -> Result<(), Error> {
+        drop(steps);
+        Ok(())
+    }
 }
 
 /// How long an engine takes, which decides the path of the stimulus.
@@ -160,6 +175,9 @@ pub enum Error {
     /// The deadline passed.
     #[error("no answer within {0:?}")]
     Timeout(Duration),
+    /// The turn went as far as it may.
+    #[error("the turn went too far: {0}")]
+    Bounds(String),
     /// The profile's settings for this engine are wrong.
     #[error("bad engine settings: {0}")]
     Settings(String),
@@ -168,7 +186,7 @@ pub enum Error {
 impl Fault for Error {
     fn kind(&self) -> Kind {
         match self {
-            Error::NoProvider(_) | Error::Settings(_) | Error::Refused(_) => Kind::Invalid,
+            Error::NoProvider(_) | Error::Settings(_) | Error::Refused(_) | Error::Bounds(_) => Kind::Invalid,
             Error::Unavailable(_) => Kind::Unavailable,
             Error::Overloaded(_) => Kind::Overloaded,
             Error::Timeout(_) => Kind::Timeout,

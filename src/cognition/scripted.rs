@@ -2,7 +2,8 @@
 //!
 //! `profile.script`: `{"reply": "…", "data": …, "delay_ms": 0, "tokens": 8, "fail_times": 0, "set": {"reported.x": 1}}`, all
 //! optional. With a delay the answer's text is streamed in `tokens` even pieces over it; `fail_times` makes the first tries of
-//! every stimulus fail as an unavailable provider would.
+//! every stimulus fail as an unavailable provider would. `steps` come before that answer, each
+//! `{"say": "…", "delay_ms": 0, "call": [{"tool": "NAME", "arguments": {}}]}`.
 //! Invariants: deterministic; no delay means no waiting at all.
 //! Tests: at the foot.
 
@@ -17,13 +18,21 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use tokio::time::{Instant, sleep_until};
 
-use super::{Action, Engine, Error, Pace, Progress, Question, Thought, reflex};
-use crate::types::{InstanceKey, Profile, RawJson, Reply, StimulusId, Usage, words};
+use super::{
+    Action, Engine, Error, Pace, Progress, Question, Thought,
+    course::{Course, Utterance},
+    reflex,
+};
+use crate::types::{
+    InstanceKey, Profile, RawJson, Reply, StimulusId, ToolCall, Usage, limits::MAX_CALLS, step::Answered, words,
+};
 
 /// Longest delay, in milliseconds.
 const MAX_DELAY_MS: u64 = 10 * 60 * 1000;
 /// Most pieces of one answer.
 const MAX_TOKENS: u32 = 10_000;
+/// Most steps.
+const MAX_LINES: usize = 1000;
 /// Most failures before an answer.
 const MAX_FAILURES: u32 = 100;
 /// Most stimuli whose failures are counted at once; beyond it the counts begin anew.
@@ -39,11 +48,52 @@ struct Script {
     tokens: Option<u32>,
     fail_times: u32,
     set: Map<String, Value>,
+    steps: Vec<Line>,
+}
+
+/// One answer on the way to the last.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Line {
+    say: String,
+    delay_ms: u64,
+    call: Vec<Call>,
+}
+
+/// A call of a tool.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Call {
+    tool: String,
+    #[serde(default)]
+    arguments: Map<String, Value>,
+}
+
+impl Line {
+    /// The answer, whose calls are named after its place.
+    fn answer(&self, place: usize, pieces: Vec<u32>) -> Answered {
+        let call = |(at, call): (usize, &Call)| ToolCall {
+            id: format!("call_{place}_{at}"),
+            name: call.tool.clone(),
+            arguments: Value::Object(call.arguments.clone()).to_string(),
+        };
+        let usage = Usage { input_tokens: 0, output_tokens: words::words(&self.say).count() as u64 };
+        let calls = self.call.iter().enumerate().map(call).collect();
+        Answered { text: self.say.clone(), pieces, calls, model: None, usage }
+    }
 }
 
 impl Default for Script {
     fn default() -> Self {
-        Self { reply: Some(String::from("ok")), data: None, delay_ms: 0, tokens: None, fail_times: 0, set: Map::new() }
+        Self {
+            reply: Some(String::from("ok")),
+            data: None,
+            delay_ms: 0,
+            tokens: None,
+            fail_times: 0,
+            set: Map::new(),
+            steps: Vec::new(),
+        }
     }
 }
 
@@ -58,6 +108,15 @@ impl Script {
         }
         if script.tokens.is_some_and(|tokens| tokens > MAX_TOKENS) {
             return Err(over("tokens", u64::from(MAX_TOKENS)));
+        }
+        if script.steps.len() > MAX_LINES {
+            return Err(over("the number of steps", MAX_LINES as u64));
+        }
+        if script.steps.iter().any(|line| line.delay_ms > MAX_DELAY_MS) {
+            return Err(over("delay_ms", MAX_DELAY_MS));
+        }
+        if script.steps.iter().any(|line| line.call.is_empty() || line.call.len() > MAX_CALLS) {
+            return Err(wrong(format!("a step calls 1 to {MAX_CALLS} tools")));
         }
         if script.fail_times > MAX_FAILURES {
             return Err(over("fail_times", u64::from(MAX_FAILURES)));
@@ -90,6 +149,23 @@ impl Script {
     }
 }
 
+impl Script {
+    /// The steps and the last answer together.
+    fn conclude(&self, course: Course<'_>, last: Thought) -> Thought {
+        let text = self.reply.clone().unwrap_or_default();
+        let usage = last.usage.unwrap_or_default();
+        let (mut thought, reply) = course.conclude(Some(Answered { text, usage, ..Answered::default() }));
+        let own = last.actions.into_iter().filter(|action| !matches!(action, Action::Reply(_)));
+        thought.actions.extend(own);
+        let data = self.data.as_ref().map(RawJson::of);
+        if reply.is_some() || data.is_some() {
+            let content = reply.and_then(|reply| reply.content);
+            thought.actions.push(Action::Reply(Reply { content, data }));
+        }
+        thought
+    }
+}
+
 /// Does what the profile's script says.
 #[derive(Debug, Default)]
 pub struct Scripted {
@@ -104,6 +180,28 @@ impl Scripted {
     /// [`Error::Settings`] says what is wrong.
     pub(super) fn check(profile: &Profile) -> Result<(), Error> {
         Script::of(profile).map(drop)
+    }
+
+    /// Goes through the steps that are not behind the turn yet.
+    async fn recite<'q>(lines: &[Line], question: &'q Question, progress: &dyn Progress) -> Result<Course<'q>, Error> {
+        let mut course = Course::resume(question).await?;
+        loop {
+            course.call(|_| false, progress).await?;
+            let place = course.answers();
+            let Some(line) = lines.get(place) else { return Ok(course) };
+            course.may_ask()?;
+            let delay = Duration::from_millis(line.delay_ms);
+            if delay > course.left() {
+                sleep_until(Instant::now() + course.left()).await;
+                return Err(Error::Timeout(question.deadline));
+            }
+            sleep_until(Instant::now() + delay).await;
+            let utterance = Utterance::new(progress, course.has_spoken());
+            if !line.say.is_empty() {
+                utterance.token(&line.say);
+            }
+            course.answered(&[], line.answer(place, utterance.pieces()), &utterance).await?;
+        }
     }
 
     /// Whether this try fails, counting it.
@@ -133,8 +231,10 @@ impl Engine for Scripted {
     }
 
     fn pace(&self, profile: &Profile) -> Pace {
-        let delay = profile.script.as_ref().and_then(|script| script.get("delay_ms")).and_then(Value::as_u64);
-        if delay.unwrap_or(0) == 0 { Pace::Instant } else { Pace::Slow }
+        let field = |name| profile.script.as_ref().and_then(|script| script.get(name));
+        let delays = field("delay_ms").and_then(Value::as_u64).is_some_and(|delay| delay > 0);
+        let steps = field("steps").and_then(Value::as_array).is_some_and(|steps| !steps.is_empty());
+        if delays || steps { Pace::Slow } else { Pace::Instant }
     }
 
     fn wants(&self, _: &Profile) -> (usize, usize) {
@@ -151,6 +251,12 @@ impl Engine for Scripted {
         if self.fails(&question, script.fail_times) {
             return Err(Error::Unavailable(String::from("the script says so")));
         }
+        let course = match script.steps.as_slice() {
+            [] => None,
+            lines => Some(Self::recite(lines, &question, progress).await?),
+        };
+        let apart = course.as_ref().is_some_and(Course::has_spoken);
+        let progress = &Utterance::new(progress, apart);
         if !delay.is_zero() {
             let begun = Instant::now();
             let tokens = script.tokens().max(1);
@@ -162,7 +268,11 @@ impl Engine for Scripted {
                 }
             }
         }
-        script.thought(&question)
+        let thought = script.thought(&question)?;
+        Ok(match course {
+            None => thought,
+            Some(course) => script.conclude(course, thought),
+        })
     }
 }
 
@@ -209,6 +319,8 @@ mod tests {
             now: Millis(0),
             deadline: Duration::from_secs(60),
             tools: Arc::new(crate::cognition::toolbox::Empty),
+            steps: Vec::new(),
+            bounds: crate::cognition::Bounds { steps: 100, tokens: 1_000_000 },
         }
     }
 

@@ -149,6 +149,37 @@ impl Toolbox for Rehearsed {
     }
 }
 
+/// Tools that are a POST to a test's own server: `touch` may not be called twice, `look` may.
+#[cfg(feature = "faults")]
+#[derive(Debug)]
+pub struct Outside {
+    http: reqwest::Client,
+    url: String,
+}
+
+#[cfg(feature = "faults")]
+impl Outside {
+    /// Below this address.
+    pub fn new(url: &str) -> Self {
+        Self { http: reqwest::Client::new(), url: url.trim_end_matches('/').to_owned() }
+    }
+}
+
+#[cfg(feature = "faults")]
+#[async_trait]
+impl Toolbox for Outside {
+    async fn offered(&self, _: &InstanceKey, _: &Profile) -> Vec<ToolSpec> {
+        vec![Rehearsed::tool("touch", false), Rehearsed::tool("look", true)]
+    }
+
+    async fn call(&self, call: Invocation<'_>) -> Outcome {
+        let url = format!("{}/{}", self.url, call.name);
+        let sent = self.http.post(url).header("idempotency-key", call.key).json(call.arguments).send();
+        let answer = async { sent.await?.error_for_status()?.text().await };
+        Outcome::of(answer.await.map_or_else(|error| ToolResult::failure(error.to_string()), ToolResult::of))
+    }
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {

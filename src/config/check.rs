@@ -112,6 +112,8 @@ fn ranges(config: &Config, found: &mut Findings) {
     found.range(&["memory", "cache_mb"], memory.cache_mb, 1..=1_048_576);
     found.range(&["memory", "exact_vectors"], memory.exact_vectors, 1000..=10_000_000);
     found.range(&["cognition", "think_seconds"], cognition.think_seconds, 1..=3600);
+    found.range(&["cognition", "max_steps"], u64::from(cognition.max_steps), 1..=10_000);
+    found.range(&["cognition", "max_tokens_per_turn"], cognition.max_tokens_per_turn, 1..=1_000_000_000);
     found.range(&["delivery", "webhook_seconds"], delivery.webhook_seconds, 1..=300);
     found.range(&["delivery", "max_tries"], delivery.max_tries, 1..=1000);
     for (name, provider) in &cognition.providers {
@@ -120,6 +122,7 @@ fn ranges(config: &Config, found: &mut Findings) {
         found.range(&at("max_waiting"), provider.max_waiting, 0..=1_000_000);
         found.range(&at("idle_seconds"), provider.idle_seconds, 1..=3600);
         found.range(&at("max_tokens"), provider.max_tokens, 1..=10_000_000);
+        found.range(&at("context_tokens"), provider.context_tokens, 256..=100_000_000);
     }
 }
 

@@ -400,6 +400,10 @@ pub struct Cognition {
     pub default_provider: String,
     /// Longest thinking for one turn, in seconds.
     pub think_seconds: u64,
+    /// Most answers and tool results of one turn.
+    pub max_steps: u32,
+    /// Most tokens of all model calls of one turn together.
+    pub max_tokens_per_turn: u64,
     /// Providers by name.
     #[serde(default)]
     pub providers: BTreeMap<String, Provider>,
@@ -429,6 +433,9 @@ pub struct Provider {
     /// Most tokens of an answer.
     #[serde(default = "thousand_u32")]
     pub max_tokens: u32,
+    /// The model's window: tokens of everything it is told and of its answer together.
+    #[serde(default = "window")]
+    pub context_tokens: u32,
 }
 
 const fn four() -> usize {
@@ -439,6 +446,9 @@ const fn thousand() -> usize {
 }
 const fn thousand_u32() -> u32 {
     1000
+}
+const fn window() -> u32 {
+    8192
 }
 const fn sixty() -> u64 {
     60
@@ -548,6 +558,8 @@ pub struct Faults {
     pub ack_before_commit: bool,
     /// A turn whose stimulus has this text panics.
     pub panic_on: String,
+    /// Engines have the tools `touch` (never called twice) and `look`, which are POSTs below this address.
+    pub tools_url: String,
     /// The store reports a full disk while this file exists.
     pub disk_full_file: Option<PathBuf>,
     /// Do not recognise repeated stimulus ids.

@@ -10,7 +10,7 @@ use std::{
 
 use super::{Error, attention::Attention, events::Hub, turn::Mind};
 use crate::{
-    cognition::{Engines, Pace, Toolbox, reflex::RuleSet, toolbox},
+    cognition::{Bounds, Engines, Pace, Toolbox, reflex::RuleSet, toolbox},
     config::{self, Config, MqttMode},
     memory::Memory,
     runtime::clock::Clock,
@@ -40,6 +40,8 @@ pub struct Environment {
     pub twin: bool,
     /// Most stimuli waiting for one instance.
     pub max_inbox: usize,
+    /// How far a turn may go.
+    pub bounds: Bounds,
     /// The tools engines may use; none until `node` plugs them in.
     pub toolbox: Arc<dyn Toolbox>,
     /// Instances in memory.
@@ -71,7 +73,8 @@ impl Environment {
             default_mind,
             twin: config.mqtt.mode != MqttMode::Off,
             max_inbox: config.instances.max_inbox,
-            toolbox: Arc::new(toolbox::Empty),
+            bounds: Bounds { steps: config.cognition.max_steps, tokens: config.cognition.max_tokens_per_turn },
+            toolbox: Faults::toolbox(&config.faults).unwrap_or_else(|| Arc::new(toolbox::Empty)),
             active: AtomicUsize::new(0),
             limits: Limits::of(config),
             metrics: Metrics::default(),
@@ -298,6 +301,16 @@ impl Faults {
             #[cfg(feature = "faults")]
             ack_before_commit: config.ack_before_commit,
         }
+    }
+
+    /// Tools that a test stands behind.
+    #[cfg_attr(not(feature = "faults"), allow(unused_variables))]
+    pub fn toolbox(config: &config::Faults) -> Option<Arc<dyn Toolbox>> {
+        #[cfg(feature = "faults")]
+        if !config.tools_url.is_empty() {
+            return Some(Arc::new(toolbox::Outside::new(&config.tools_url)));
+        }
+        None
     }
 
     /// Panics if the stimulus is the chosen one.

@@ -92,6 +92,8 @@ struct Entry {
     /// Those of them that are not on behalf of other nodes.
     own: usize,
     draft: Option<Draft>,
+    /// How many of the draft's words are of committed steps.
+    kept: usize,
     /// Whether the draft is another node's: then it goes with the last watcher.
     followed: bool,
 }
@@ -105,6 +107,14 @@ impl Entry {
 }
 
 impl Entry {
+    /// Tells all words of the draft once more.
+    fn say_again(&self) {
+        let Some(draft) = &self.draft else { return };
+        for (index, text) in (0..).zip(&draft.tokens) {
+            self.tell(Event::Token { stimulus: draft.stimulus.clone(), index, text: text.clone() });
+        }
+    }
+
     /// Takes the answer as another node has it: the rest of what is here, or a new beginning.
     fn catch_up(&mut self, draft: Draft) {
         let have = match &mut self.draft {
@@ -287,15 +297,16 @@ impl Hub {
         });
     }
 
-    /// An engine begins to answer: words are kept from here on, so that a watcher who comes late misses none.
-    pub fn begin_draft(&self, key: &InstanceKey, stimulus: &StimulusId) {
+    /// An engine begins to answer, or goes on after these words of committed steps: words are kept from here on, so that a
+    /// watcher who comes late misses none.
+    pub fn begin_draft(&self, key: &InstanceKey, stimulus: &StimulusId, said: Vec<Arc<str>>) {
         self.with(|map| {
             let entry = map.entry(key.clone()).or_default();
-            entry.draft = Some(Draft { stimulus: stimulus.clone(), tokens: Vec::new() });
+            entry.kept = said.len();
+            entry.draft = Some(Draft { stimulus: stimulus.clone(), tokens: said });
             entry.followed = false;
-            if let Some(sender) = &entry.sender {
-                drop(sender.send(Event::Thinking(stimulus.clone())));
-            }
+            entry.tell(Event::Thinking(stimulus.clone()));
+            entry.say_again();
         });
     }
 
@@ -314,16 +325,23 @@ impl Hub {
         });
     }
 
-    /// The words so far are void.
+    /// The words so far are of committed steps: they are not taken back any more.
+    pub fn keep_draft(&self, key: &InstanceKey) {
+        self.with(|map| {
+            let Some(entry) = map.get_mut(key) else { return };
+            entry.kept = entry.draft.as_ref().map_or(0, |draft| draft.tokens.len());
+        });
+    }
+
+    /// The words since the last committed step are void.
     pub fn restart_draft(&self, key: &InstanceKey) {
         self.with(|map| {
             let Some(entry) = map.get_mut(key) else { return };
             let Some(draft) = &mut entry.draft else { return };
-            draft.tokens.clear();
+            draft.tokens.truncate(entry.kept);
             let stimulus = draft.stimulus.clone();
-            if let Some(sender) = &entry.sender {
-                drop(sender.send(Event::Restart(stimulus)));
-            }
+            entry.tell(Event::Restart(stimulus));
+            entry.say_again();
         });
     }
 
@@ -364,7 +382,7 @@ mod tests {
     fn a_late_watcher_gets_the_words_so_far_and_then_the_rest() {
         let hub = Hub::default();
         let id = StimulusId::generate();
-        hub.begin_draft(&key(), &id);
+        hub.begin_draft(&key(), &id, Vec::new());
         hub.token(&key(), "a");
         let mut watch = hub.watch(&key());
         hub.token(&key(), "b");
@@ -430,7 +448,7 @@ mod tests {
         let hub = Hub::default();
         drop(hub.watch(&key()));
         assert!(hub.is_empty());
-        hub.begin_draft(&key(), &StimulusId::generate());
+        hub.begin_draft(&key(), &StimulusId::generate(), Vec::new());
         assert_eq!(hub.len(), 1);
         hub.end_draft(&key());
         assert!(hub.is_empty());

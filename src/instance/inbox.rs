@@ -14,7 +14,7 @@ use std::{
 use tokio::sync::oneshot;
 
 use super::{Error, Receipt, Until, attention::Weight, turn::lane};
-use crate::types::{Fault as _, Priority, Stimulus, StimulusId};
+use crate::types::{Fault as _, Priority, Step, Stimulus, StimulusId};
 
 /// Why a stimulus is refused whose forerunner was.
 pub const BEHIND: &str = "an earlier stimulus of the same sender was not taken";
@@ -123,6 +123,8 @@ pub struct Waiting {
     pub weight: Weight,
     /// Thoughts about it that were interrupted.
     pub interrupted: u8,
+    /// The committed steps of its turn, when that was begun.
+    pub steps: Vec<Arc<Step>>,
 }
 
 impl Waiting {
@@ -137,6 +139,7 @@ impl Waiting {
             since: std::time::Instant::now(),
             weight: Weight::Unknown,
             interrupted: 0,
+            steps: Vec::new(),
         }
     }
 
@@ -151,6 +154,7 @@ impl Waiting {
             since: std::time::Instant::now(),
             weight: Weight::Unknown,
             interrupted: 0,
+            steps: Vec::new(),
         }
     }
 
@@ -326,6 +330,7 @@ mod tests {
             since: std::time::Instant::now(),
             weight: Weight::Unknown,
             interrupted: 0,
+            steps: Vec::new(),
         }
     }
 

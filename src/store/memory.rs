@@ -22,15 +22,15 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 
 use super::{
-    Committed, DeadLetter, Done, Episode, Error, Feed, Fence, Head, Known, Listed, Loaded, MqttRow, MqttWrite,
+    Committed, DeadLetter, Done, Episode, Error, Feed, Fence, Head, Journal, Known, Listed, Loaded, MqttRow, MqttWrite,
     Outgoing, Pending, Reader, Rejection, Remembered, Scope, Shipping, Stats, Store, Unit, Work, Writer, check,
     ownership::Rows, rank, replay,
 };
 use crate::{
     runtime::clock::Clock,
     types::{
-        EpisodeId, InstanceId, InstanceKey, Millis, NodeId, Profile, StateSnapshot, Stimulus, StimulusId, TenantId,
-        TurnRecord,
+        EpisodeId, InstanceId, InstanceKey, Millis, NodeId, Profile, StateSnapshot, Step, Stimulus, StimulusId,
+        TenantId, TurnRecord,
     },
 };
 
@@ -352,6 +352,8 @@ struct Instance {
     turns: Vec<Arc<TurnRecord>>,
     inbox: Vec<Arc<Stimulus>>,
     dead: Vec<Arc<DeadLetter>>,
+    /// The steps of turns under way, by stimulus and number.
+    steps: BTreeMap<(StimulusId, u32), Arc<Step>>,
     /// Where in `turns` each stimulus was decided.
     decided: HashMap<StimulusId, usize, ahash::RandomState>,
 }
@@ -367,8 +369,20 @@ impl Instance {
             turns: Vec::new(),
             inbox: Vec::new(),
             dead: Vec::new(),
+            steps: BTreeMap::new(),
             decided: HashMap::default(),
         }
+    }
+
+    fn journals(&self) -> Vec<Journal> {
+        let mut journals: Vec<Journal> = Vec::new();
+        for ((stimulus, _), step) in &self.steps {
+            match journals.last_mut() {
+                Some((last, steps)) if last == stimulus => steps.push(step.clone()),
+                _ => journals.push((stimulus.clone(), vec![step.clone()])),
+            }
+        }
+        journals
     }
 
     fn waiting(&self, id: &StimulusId) -> Option<usize> {
@@ -462,7 +476,14 @@ impl Data {
                 let instance = self.instances.entry(key.clone()).or_insert_with(|| Instance::new(at));
                 instance.inbox.retain(|waiting| waiting.id != stimulus.id);
                 instance.dead.retain(|letter| letter.stimulus.id != stimulus.id);
+                instance.steps.retain(|(other, _), _| *other != stimulus.id);
                 instance.dead.push(Arc::new(DeadLetter { stimulus: (*stimulus).clone(), reason, tries, at }));
+                Ok(Committed { head: instance.head, created: false })
+            }
+            Work::Step { stimulus, first, steps, .. } => {
+                let instance = self.instances.get_mut(key).ok_or(Rejection::NotFound)?;
+                let numbered = (first..).zip(steps).map(|(number, step)| ((stimulus.clone(), number), step));
+                instance.steps.extend(numbered);
                 Ok(Committed { head: instance.head, created: false })
             }
             Work::Revive { stimulus } => {
@@ -513,6 +534,7 @@ impl Data {
         for record in turns {
             if let Some(at) = instance.waiting(&record.stimulus.id) {
                 instance.inbox.remove(at);
+                instance.steps.retain(|(other, _), _| *other != record.stimulus.id);
             }
             instance.head = instance.head.advance(self.next);
             instance.decided.entry(record.stimulus.id.clone()).or_insert(instance.turns.len());
@@ -635,6 +657,7 @@ impl Reader for MemoryStore {
                 state: replay::empty_state()?,
                 turns_since_full: 0,
                 inbox: Vec::new(),
+                journals: Vec::new(),
             });
         };
         let (state, turns_since_full) = instance.state()?;
@@ -646,6 +669,7 @@ impl Reader for MemoryStore {
             state,
             turns_since_full,
             inbox: instance.inbox.clone(),
+            journals: instance.journals(),
         })
     }
 

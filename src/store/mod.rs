@@ -22,10 +22,12 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::types::{
-    Fault, InstanceId, InstanceKey, Kind, Millis, Profile, StateSnapshot, Stimulus, StimulusId, TenantId, TurnRecord,
+    Fault, InstanceId, InstanceKey, Kind, Millis, Profile, StateSnapshot, Step, Stimulus, StimulusId, TenantId,
+    TurnRecord,
 };
 
 mod check;
+pub(crate) mod journal;
 mod links;
 pub mod memory;
 pub mod ownership;
@@ -37,6 +39,7 @@ pub mod roaming;
 mod scope;
 pub mod sqlite;
 
+pub use journal::Journal;
 pub use scope::{Feed, Scope};
 
 /// Most instances [`Reader::locate`] names.
@@ -134,7 +137,8 @@ pub enum Work {
     /// The fast path and the end of the slow path: turns in order, numbered from `head.turn + 1` without gaps.
     ///
     /// A turn that forgets ([`TurnRecord::forgotten`]) takes the content of those episodes out of the earlier turns' records and
-    /// out of what was derived from them. Each turn removes its stimulus from the inbox if it stands there. An instance that has no row yet gets one with no
+    /// out of what was derived from them. Each turn removes its stimulus from the inbox if it stands there, and the steps it took.
+    /// An instance that has no row yet gets one with no
     /// profile of its own.
     Turns {
         /// The instance's head before these turns, as the last [`Committed`] or [`Loaded`] gave it.
@@ -152,6 +156,18 @@ pub enum Work {
     Lodge {
         /// The stimuli, in arrival order.
         stimuli: Vec<Arc<Stimulus>>,
+    },
+    /// Steps of a stimulus that is being thought about. They go with the turn that decides it, with its burial, and with the
+    /// instance. A number that stands there already is written anew.
+    Step {
+        /// The instance's head, unchanged.
+        head: Head,
+        /// Whose; it stands in the inbox.
+        stimulus: StimulusId,
+        /// The number of the first; the first of a turn is 0.
+        first: u32,
+        /// The steps, in order.
+        steps: Vec<Arc<Step>>,
     },
     /// A stimulus could not be decided: it leaves the inbox (if it stands there) for the dead letters.
     Bury {
@@ -297,6 +313,8 @@ pub struct Loaded {
     pub turns_since_full: u64,
     /// Stimuli accepted and not decided, in arrival order.
     pub inbox: Vec<Arc<Stimulus>>,
+    /// The steps so far of those that were being thought about.
+    pub journals: Vec<Journal>,
 }
 
 /// A stimulus that was given up.

@@ -74,6 +74,10 @@ pub const MAX_FORGOTTEN: usize = 2000;
 pub const MAX_RECALL: usize = 100;
 /// Longest answer taken from a model, in bytes.
 pub const MAX_ANSWER_BYTES: usize = 256 * 1024;
+/// Longest result of a tool that a model reads, in bytes; it is cut there.
+pub const MAX_RESULT_BYTES: usize = 64 * 1024;
+/// Most tools a model calls in one answer; more are not taken.
+pub const MAX_CALLS: usize = 32;
 /// Longest line and longest event of a model's event stream, in bytes.
 pub const MAX_SSE_BYTES: usize = 256 * 1024;
 /// Most bytes of turns in one page of history; a page ends early rather than grow beyond it.

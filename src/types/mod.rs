@@ -5,6 +5,7 @@
 //! Tests: at the foot of each file; stored formats have golden files under `tests/golden`.
 
 pub mod auth;
+pub mod chat;
 pub mod error;
 pub mod id;
 pub mod json;
@@ -13,6 +14,7 @@ pub mod memory;
 pub mod node;
 pub mod profile;
 pub mod state;
+pub mod step;
 pub mod stimulus;
 pub mod time;
 pub mod tool;
@@ -20,6 +22,7 @@ pub mod turn;
 pub mod words;
 
 pub use auth::{AuthContext, Principal, Scope};
+pub use chat::Chat;
 pub use error::{Fault, Kind};
 pub use id::{Channel, InstanceId, InstanceKey, NodeId, StimulusId, TenantId};
 pub use json::RawJson;
@@ -27,6 +30,7 @@ pub use memory::EpisodeId;
 pub use node::{Load, Protocol, Role, Roles, Strategy};
 pub use profile::{Profile, RuleSpec};
 pub use state::{StateDoc, StateSnapshot};
+pub use step::{Message, Speaker, Step};
 pub use stimulus::{Priority, ReplyTo, Source, Stimulus};
 pub use time::Millis;
 pub use tool::{ToolCall, ToolResult, ToolSpec};

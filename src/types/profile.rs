@@ -118,6 +118,12 @@ pub struct Limits {
     /// Longest thinking for one turn, in seconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub think_seconds: Option<u32>,
+    /// Most answers and tool results of one turn; not above the node's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_steps: Option<u32>,
+    /// Most tokens of all model calls of one turn together; not above the node's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_tokens_per_turn: Option<u64>,
 }
 
 impl Limits {

@@ -507,7 +507,7 @@ async fn refusals_of_an_owner_reach_the_sender_and_a_broken_line_stays_broken() 
     assert!(matches!(b.forwarder.ask(&key, Question::PutProfile(bad), PATIENCE).await, Err(Error::Invalid(_))));
 
     let full = Profile {
-        limits: sophont::types::profile::Limits { max_inbox: Some(0), think_seconds: None },
+        limits: sophont::types::profile::Limits { max_inbox: Some(0), ..Default::default() },
         ..Profile::default()
     };
     let json = RawJson::from_serialize(&full).unwrap();
@@ -576,7 +576,7 @@ async fn what_happens_to_an_instance_is_watched_from_another_node_and_after_a_mo
     let cluster = Cluster::of(&network, &["a", "b", "c"]).await;
     let (key, id) = (key_in(0), StimulusId::generate());
     let [a, b, c] = &cluster.nodes[..] else { panic!("three nodes") };
-    a.hub.begin_draft(&key, &id);
+    a.hub.begin_draft(&key, &id, Vec::new());
     a.hub.token(&key, "x");
     let mut watch = b.hub.watch(&key);
     assert_eq!((told(&mut watch).await, told(&mut watch).await), ("thinking".into(), "0x".into()));
@@ -609,7 +609,7 @@ async fn an_instance_whose_shard_is_on_its_way_out_is_watched_where_it_still_thi
     let cluster = Cluster::of(&network, &["a", "b", "c"]).await;
     let (key, id) = (key_in(0), StimulusId::generate());
     let [a, b, c] = &cluster.nodes[..] else { panic!("three nodes") };
-    a.hub.begin_draft(&key, &id);
+    a.hub.begin_draft(&key, &id, Vec::new());
     a.table.leaving.lock().unwrap().insert(0);
     let mut watch = b.hub.watch(&key);
     assert_eq!(told(&mut watch).await, "thinking");

@@ -131,6 +131,11 @@ impl Subject {
         }
     }
 
+    /// Whether it can be opened again.
+    pub fn is_durable(&self) -> bool {
+        self.sqlite.is_some() || self.postgres.is_some()
+    }
+
     /// Opens it again, after closing it or after dropping it as a crash would, where it can be.
     pub async fn reopen(&mut self, crash: bool) {
         if let Some(config) = &self.postgres {

@@ -96,6 +96,7 @@ impl Standin {
             max_waiting: 100,
             idle_seconds: 5,
             max_tokens: 50,
+            context_tokens: 8192,
         };
         change(&mut provider);
         engine(provider)
@@ -107,6 +108,8 @@ fn engine(provider: config::Provider) -> Arc<dyn Engine> {
         default_engine: EngineName::Llm,
         default_provider: String::new(),
         think_seconds: 60,
+        max_steps: 100,
+        max_tokens_per_turn: 1_000_000,
         providers: BTreeMap::from([(String::from("standin"), provider)]),
     };
     Engines::new(&config).unwrap().get(EngineName::Llm).clone()
@@ -230,6 +233,8 @@ fn question(text: &str, deadline: Duration) -> Question {
         now: Millis(1_795_237_853_120),
         deadline,
         tools: std::sync::Arc::new(sophont::cognition::toolbox::Empty),
+        steps: Vec::new(),
+        bounds: sophont::cognition::Bounds { steps: 100, tokens: 1_000_000 },
     }
 }
 

@@ -7,7 +7,11 @@
 //! Tests: at the foot; `tests/it/thinking.rs` against a server that misbehaves.
 
 use std::{
-    sync::atomic::{AtomicBool, Ordering},
+    collections::BTreeSet,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -17,16 +21,16 @@ use reqwest::{
 };
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tokio::time::timeout;
 
 use super::{
-    prompt::Message,
     sse::{Event, Parser},
+    wire::{Calls, Piece, Spoken, Tool},
 };
 use crate::{
     cognition::Progress,
-    types::{InstanceKey, Usage, limits::MAX_ANSWER_BYTES},
+    types::{InstanceKey, Message, ToolCall, Usage, limits::MAX_ANSWER_BYTES},
 };
 
 /// Most bytes read of an answer that is no stream, and of an error's body.
@@ -34,6 +38,8 @@ const MAX_BODY_BYTES: usize = 4 * MAX_ANSWER_BYTES;
 const MAX_ERROR_BYTES: usize = 16 * 1024;
 /// Bytes of one token, roughly, over languages and models.
 const BYTES_PER_TOKEN: usize = 4;
+/// Most models that are known to refuse tools.
+const MAX_TOOLLESS: usize = 100;
 /// Most characters of a provider's own words in an error.
 const MAX_ERROR_CHARS: usize = 300;
 
@@ -44,7 +50,10 @@ pub(super) struct Ask<'a> {
     pub(super) who: &'a InstanceKey,
     pub(super) model: &'a str,
     pub(super) messages: &'a [Message],
+    pub(super) tools: &'a [Tool],
     pub(super) max_tokens: u32,
+    /// Further fields, as they are.
+    pub(super) options: &'a Map<String, Value>,
 }
 
 impl Ask<'_> {
@@ -55,7 +64,8 @@ impl Ask<'_> {
 
     /// About how many of them go out.
     fn told(&self) -> u64 {
-        let bytes: usize = self.messages.iter().map(|message| message.content.len()).sum();
+        let called = |message: &Message| message.calls.iter().map(|call| call.arguments.len()).sum::<usize>();
+        let bytes: usize = self.messages.iter().map(|message| message.content.len() + called(message)).sum();
         bytes.div_ceil(BYTES_PER_TOKEN) as u64
     }
 }
@@ -64,6 +74,8 @@ impl Ask<'_> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Answer {
     pub(super) text: String,
+    /// The tools it calls.
+    pub(super) calls: Vec<ToolCall>,
     /// As the provider counted, or estimated when it did not.
     pub(super) usage: Usage,
 }
@@ -119,12 +131,14 @@ pub(super) struct Client {
     no_stream_options: AtomicBool,
     /// The server wants `max_completion_tokens` instead of `max_tokens`.
     completion_tokens: AtomicBool,
+    /// Models that refuse tools.
+    toolless: Mutex<BTreeSet<String>>,
 }
 
 #[derive(Serialize)]
 struct Body<'a> {
     model: &'a str,
-    messages: &'a [Message],
+    messages: Vec<Spoken<'a>>,
     stream: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     stream_options: Option<StreamOptions>,
@@ -132,6 +146,10 @@ struct Body<'a> {
     max_tokens: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     max_completion_tokens: Option<u32>,
+    #[serde(skip_serializing_if = "<[Tool]>::is_empty")]
+    tools: &'a [Tool],
+    #[serde(flatten)]
+    options: &'a Map<String, Value>,
 }
 
 #[derive(Serialize)]
@@ -144,7 +162,7 @@ impl Client {
     pub(super) fn new(http: reqwest::Client, base_url: &str, key: Option<SecretString>, idle: Duration) -> Self {
         let url = format!("{}/chat/completions", base_url.trim_end_matches('/'));
         let flag = || AtomicBool::new(false);
-        Self { http, url, key, idle, no_stream_options: flag(), completion_tokens: flag() }
+        Self { http, url, key, idle, no_stream_options: flag(), completion_tokens: flag(), toolless: Mutex::default() }
     }
 
     /// Makes the call once. Cancel safe: dropping it closes the connection.
@@ -154,11 +172,13 @@ impl Client {
             (!self.no_stream_options.load(Ordering::Acquire)).then_some(StreamOptions { include_usage: true });
         let body = Body {
             model: ask.model,
-            messages: ask.messages,
+            messages: ask.messages.iter().map(Spoken).collect(),
             stream: true,
             stream_options,
             max_tokens: (!completion_tokens).then_some(ask.max_tokens),
             max_completion_tokens: completion_tokens.then_some(ask.max_tokens),
+            tools: if self.toolless().contains(ask.model) { &[] } else { ask.tools },
+            options: ask.options,
         };
         let mut request = self.http.post(&self.url).header(ACCEPT, "text/event-stream").json(&body);
         if let Some(key) = &self.key {
@@ -167,7 +187,7 @@ impl Client {
         let sent = timeout(self.idle, request.send()).await.map_err(|_| self.silence())?;
         let response = sent.map_err(|error| broken(&error))?;
         if !response.status().is_success() {
-            return Err(self.refusal(response).await);
+            return Err(self.refusal(response, ask).await);
         }
         let is_json = content_type(&response).starts_with("application/json");
         let reading =
@@ -237,12 +257,16 @@ impl Client {
         }
     }
 
-    async fn refusal(&self, mut response: Response) -> Failure {
+    fn toolless(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.toolless.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn refusal(&self, mut response: Response, ask: Ask<'_>) -> Failure {
         let status = response.status();
         let after = retry_after(response.headers());
         let body = self.read_body(&mut response, MAX_ERROR_BYTES).await.unwrap_or_default();
         let words = self.hide_key(message_of(&body));
-        if matches!(status, StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY) && self.adapt(&words) {
+        if matches!(status, StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY) && self.adapt(&words, ask) {
             return Failure::Adapted;
         }
         let words: String = words.chars().take(MAX_ERROR_CHARS).collect();
@@ -250,14 +274,17 @@ impl Client {
     }
 
     /// Whether the refusal names an optional field that the next call can do without.
-    fn adapt(&self, words: &str) -> bool {
+    fn adapt(&self, words: &str, ask: Ask<'_>) -> bool {
         if words.contains("max_completion_tokens") {
             return !self.completion_tokens.swap(true, Ordering::AcqRel);
         }
         if words.contains("stream_options") || words.contains("include_usage") {
             return !self.no_stream_options.swap(true, Ordering::AcqRel);
         }
-        false
+        // "does not support tools", "tools are not supported", "unknown field tools"
+        let about_tools = words.contains("tools") && !ask.tools.is_empty();
+        let mut toolless = self.toolless();
+        about_tools && toolless.len() < MAX_TOOLLESS && toolless.insert(ask.model.to_owned())
     }
 
     fn hide_key(&self, words: String) -> String {
@@ -357,6 +384,8 @@ struct Choice {
 struct Said {
     #[serde(default)]
     content: Option<String>,
+    #[serde(default)]
+    tool_calls: Option<Vec<Piece>>,
 }
 
 #[derive(Deserialize)]
@@ -371,6 +400,7 @@ struct WireUsage {
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Reading {
     text: String,
+    calls: Calls,
     usage: Option<Usage>,
     /// Pieces with text in them.
     pieces: u64,
@@ -402,7 +432,11 @@ impl Reading {
         }
         let Some(choice) = chunk.choices.into_iter().next() else { return Ok(None) };
         self.finished |= choice.finish_reason.is_some() || choice.message.is_some();
-        let mut piece = choice.delta.or(choice.message).and_then(|said| said.content).unwrap_or_default();
+        let Some(said) = choice.delta.or(choice.message) else { return Ok(None) };
+        let before = self.calls.weight();
+        said.tool_calls.unwrap_or_default().into_iter().for_each(|piece| self.calls.take(piece));
+        self.pieces += u64::from(self.calls.weight() > before);
+        let mut piece = said.content.unwrap_or_default();
         let room = MAX_ANSWER_BYTES - self.text.len();
         if piece.len() > room {
             // An endless answer is cut, at a character, and the connection closed.
@@ -422,7 +456,7 @@ impl Reading {
     fn answer(self, ask: Ask<'_>) -> Answer {
         let estimate = || Usage { input_tokens: ask.told(), output_tokens: self.pieces };
         let usage = self.usage.unwrap_or_else(estimate);
-        Answer { text: self.text, usage }
+        Answer { text: self.text, calls: self.calls.finish(), usage }
     }
 }
 
@@ -432,14 +466,15 @@ mod tests {
     use reqwest::header::HeaderValue;
 
     use super::*;
-    use crate::types::{InstanceId, TenantId};
+    use crate::types::{InstanceId, Speaker, TenantId};
 
     fn key() -> InstanceKey {
         InstanceKey::new(TenantId::new("t").unwrap(), InstanceId::new("lamp").unwrap())
     }
 
     fn ask<'a>(who: &'a InstanceKey, messages: &'a [Message]) -> Ask<'a> {
-        Ask { who, model: "m", messages, max_tokens: 1 }
+        static NO_OPTIONS: std::sync::LazyLock<Map<String, Value>> = std::sync::LazyLock::new(Map::new);
+        Ask { who, model: "m", messages, tools: &[], max_tokens: 1, options: &NO_OPTIONS }
     }
 
     fn event(data: &str) -> Event {
@@ -463,7 +498,10 @@ mod tests {
         assert_eq!(words, ["Hel", "lo"]);
         assert!(reading.finished && reading.done);
         let answer = reading.answer(ask(&key(), &[]));
-        assert_eq!(answer, Answer { text: "Hello".into(), usage: Usage { input_tokens: 5, output_tokens: 2 } });
+        assert_eq!(
+            answer,
+            Answer { text: "Hello".into(), calls: vec![], usage: Usage { input_tokens: 5, output_tokens: 2 } }
+        );
     }
 
     #[test]
@@ -472,7 +510,7 @@ mod tests {
         for piece in ["a", "b", "c"] {
             reading.take(&event(&format!(r#"{{"choices":[{{"delta":{{"content":"{piece}"}}}}]}}"#))).unwrap();
         }
-        let messages = [Message { role: "user", content: "x".repeat(10) }];
+        let messages = [Message::said(Speaker::User, "x".repeat(10))];
         let usage = reading.answer(ask(&key(), &messages)).usage;
         assert_eq!(usage, Usage { input_tokens: 3, output_tokens: 3 });
     }

@@ -1,7 +1,8 @@
 //! The `llm` engine: any OpenAI-compatible chat endpoint.
 //!
 //! Owns: which provider and model a profile means, and the course of a call: a place in the provider's pool, the breaker, the
-//! deadline, retries. Not here: the wire (`client.rs`), what a model is told (`prompt.rs`).
+//! deadline, retries. Not here: the wire (`client.rs`, `wire.rs`), what a model is told
+//! (`context.rs`), the steps of a turn (`course.rs`).
 //!
 //! Invariants:
 //! - A failed call yields an error that says whether trying again can help; it never loses the stimulus, which stands in the
@@ -13,10 +14,12 @@
 
 mod breaker;
 mod client;
+mod context;
 mod fair;
 mod pool;
-mod prompt;
 mod sse;
+mod tokens;
+mod wire;
 
 use std::{
     collections::BTreeMap,
@@ -33,12 +36,16 @@ use self::{
     breaker::{Admission, Breaker},
     client::{Answer, Ask, Client, Failure, Voice},
     pool::Pool,
+    wire::Tool,
 };
-use super::{Action, Engine, Error, Pace, Progress, Question, Thought, answer};
+use super::{
+    Action, Engine, Error, Pace, Progress, Question, Thought, answer,
+    course::{Course, Utterance},
+};
 use crate::{
     config,
     telemetry::metric,
-    types::{Profile, Reply},
+    types::{Chat, Message, Profile, RawJson, Reply, chat::LeftCalls, step::Answered},
 };
 
 /// Episodes and recent turns a model is told.
@@ -68,6 +75,7 @@ struct Provider {
     name: Arc<str>,
     model: String,
     max_tokens: u32,
+    context_tokens: u32,
     client: Client,
     pool: Pool,
     breaker: Mutex<Breaker>,
@@ -141,17 +149,77 @@ impl Engine for Llm {
 
     async fn think(&self, question: Question, progress: &dyn Progress) -> Result<Thought, Error> {
         let (provider, model) = self.choose(&question.profile)?;
-        let messages = prompt::messages(&question);
-        let ask = Ask { who: &question.key, model, messages: &messages, max_tokens: provider.max_tokens };
-        let answer = provider.ask(ask, question.deadline, progress).await?;
-        let mut actions: Vec<Action> =
-            question.stimulus.content.as_deref().and_then(answer::remember).into_iter().collect();
-        if !answer.text.is_empty() {
-            actions.push(Action::Reply(Reply { content: Some(answer.text), data: None }));
+        let chat = Chat::of(&question.stimulus).unwrap_or_default();
+        let outside = |name: &str| chat.tools.iter().any(|tool| tool.name == name);
+        let named = Some(format!("{}/{model}", provider.name));
+        let mut course = Course::resume(&question).await?;
+        loop {
+            course.call(outside, progress).await?;
+            if !course.left_to_others().is_empty() {
+                return Ok(concluded(&question, course, None));
+            }
+            course.may_ask()?;
+            let tools = offered(&course, &chat);
+            let room = provider.room(&tools);
+            let told = course.asked().map_or_else(|| context::told(&question, room), <[Message]>::to_vec);
+            let messages = context::fit([told.clone(), course.messages()].concat(), room);
+            let utterance = Utterance::new(progress, course.has_spoken());
+            let ask = Ask {
+                who: &question.key,
+                model,
+                messages: &messages,
+                tools: &tools,
+                max_tokens: provider.max_tokens,
+                options: &chat.options,
+            };
+            let Answer { text, calls, usage } = provider.ask(ask, course.left(), &utterance).await?;
+            // A model that calls what it was not offered has said its last word.
+            let calls = if tools.is_empty() { Vec::new() } else { calls };
+            let answer = Answered { text, pieces: utterance.pieces(), calls, model: named.clone(), usage };
+            if answer.calls.iter().all(|call| outside(&call.name)) {
+                return Ok(concluded(&question, course, Some(answer)));
+            }
+            course.answered(&told, answer, progress).await?;
         }
-        let model = Some(format!("{}/{model}", provider.name));
-        Ok(Thought { actions, model, usage: Some(answer.usage), steps: 1 })
     }
+}
+
+/// The tools of the next answer: the node's while there are steps for them, and the client's, which end the turn.
+fn offered(course: &Course<'_>, chat: &Chat) -> Vec<Tool> {
+    let theirs = |name: &str| chat.tools.iter().any(|tool| tool.name == name);
+    let ours = course.offered().iter().filter(|tool| !theirs(&tool.name)).map(|tool| Tool {
+        name: tool.name.clone(),
+        description: tool.description.clone(),
+        parameters: tool.parameters.clone(),
+    });
+    let anything = || RawJson::of(&serde_json::json!({"type": "object", "properties": {}}));
+    let theirs = chat.tools.iter().map(|tool| Tool {
+        name: tool.name.clone(),
+        description: tool.description.clone(),
+        parameters: tool.parameters.clone().unwrap_or_else(anything),
+    });
+    ours.chain(theirs).collect()
+}
+
+/// The whole turn: what was told is remembered, what tools want done is done, and everything said is the reply, with the
+/// calls that are left to the client, or the JSON it asked for, as its data.
+fn concluded(question: &Question, course: Course<'_>, last: Option<Answered>) -> Thought {
+    let left = match &last {
+        Some(last) => last.calls.clone(),
+        None => course.left_to_others(),
+    };
+    let json = Chat::of(&question.stimulus).is_some_and(|chat| chat.options.contains_key("response_format"));
+    let structured = last.as_ref().filter(|_| json).and_then(|last| RawJson::parse(&last.text).ok());
+    let (mut thought, reply) = course.conclude(last);
+    let remembered = question.stimulus.content.as_deref().and_then(answer::remember);
+    let mut actions: Vec<Action> = remembered.into_iter().collect();
+    actions.append(&mut thought.actions);
+    let data = if left.is_empty() { structured } else { RawJson::from_serialize(&LeftCalls::from(left)).ok() };
+    if reply.is_some() || data.is_some() {
+        let content = reply.and_then(|reply| reply.content);
+        actions.push(Action::Reply(Reply { content, data }));
+    }
+    Thought { actions, ..thought }
 }
 
 impl Provider {
@@ -177,8 +245,15 @@ impl Provider {
             breaker: Mutex::new(Breaker::default()),
             model: config.model.clone(),
             max_tokens: config.max_tokens,
+            context_tokens: config.context_tokens,
             name,
         })
+    }
+
+    /// How many tokens of messages fit into the model's window beside the tools and the answer.
+    fn room(&self, tools: &[Tool]) -> usize {
+        let taken: usize = tools.iter().map(tokens::of_tool).sum();
+        (self.context_tokens as usize).saturating_sub(self.max_tokens as usize).saturating_sub(taken)
     }
 
     /// Asks until there is an answer, repeating does not help, or the time is over.
@@ -309,7 +384,7 @@ impl<'p> Account<'p> {
         self.open = false;
         self.count(match end {
             Ok(_) => "ok",
-            Err(Error::Refused(_) | Error::NoProvider(_) | Error::Settings(_)) => "refused",
+            Err(Error::Refused(_) | Error::NoProvider(_) | Error::Settings(_) | Error::Bounds(_)) => "refused",
             Err(Error::Unavailable(_)) => "unavailable",
             Err(Error::Overloaded(_)) => "overloaded",
             Err(Error::Timeout(_)) => "timeout",
@@ -354,11 +429,14 @@ mod tests {
             max_waiting: 1,
             idle_seconds: 1,
             max_tokens: 10,
+            context_tokens: 8192,
         };
         config::Cognition {
             default_engine: EngineName::Llm,
             default_provider: default.to_owned(),
             think_seconds: 1,
+            max_steps: 100,
+            max_tokens_per_turn: 1_000_000,
             providers: providers.iter().map(|(name, model)| ((*name).to_owned(), provider(model))).collect(),
         }
     }

@@ -221,9 +221,9 @@ impl Follow {
     async fn event(&mut self, event: Event, watch: &mut Watch) -> Flow {
         match event {
             Event::Thinking(id) if id == self.stimulus => {
-                // A thought begins: what the client may have is of an earlier one, which a crash ended.
-                self.restart().await?;
-                self.step("thinking").await
+                // A thought begins, or goes on from its journal: only words that are not part of it any more are void.
+                *watch = self.shared.router.hub().watch(&self.key);
+                self.catch_up(watch).await
             }
             Event::Token { stimulus, index, text } if stimulus == self.stimulus => {
                 match self.words.next(index, &text) {

@@ -226,6 +226,10 @@ impl InstanceActor {
         let human = lane(Priority::Human);
         let agenda = self.agenda.as_ref()?;
         let thinking = agenda.thinking.as_ref().filter(|t| t.slow && t.waiting.interrupted < MAX_INTERRUPTS)?;
+        // Its steps were told without whoever comes now.
+        if !thinking.waiting.steps.is_empty() {
+            return None;
+        }
         let new = agenda.inbox.lane(human).next().filter(|new| new.accepted)?;
         let full = thinking.others.len() + 1 >= attention.merge_max.max(2);
         let decision = attention::interruption(attention.interrupt, &thinking.waiting.stimulus, &new.stimulus)?;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use actix::prelude::*;
 
-use super::{Control, InstanceActor, Out, Phase, State, think::FIRST_PAUSE};
+use super::{Control, InstanceActor, Journaling, Out, Phase, State, think::FIRST_PAUSE};
 use crate::{
     instance::{
         Error, Receipt,
@@ -63,6 +63,16 @@ impl InstanceActor {
         }
     }
 
+    /// Steps of the thought in hand. One that is not in hand any more has nobody who waits.
+    pub(super) fn submit_steps(&mut self, journaling: Journaling, ctx: &mut Context<Self>) {
+        let head = self.kept.head;
+        let Some(thinking) = &self.agenda().thinking else { return self.go_on_soon(ctx) };
+        let stimulus = journaling.stimulus.clone();
+        let first = u32::try_from(thinking.waiting.steps.len()).unwrap_or(u32::MAX);
+        let work = Work::Step { head, stimulus, first, steps: journaling.steps.clone() };
+        self.submit(work, Out::Steps(journaling), ctx);
+    }
+
     pub(super) fn submit_bury(&mut self, waiting: Waiting, reason: String, ctx: &mut Context<Self>) {
         let (at, tries) = (self.environment.clock.now(), waiting.tries);
         tracing::error!(instance = %self.key, stimulus = %waiting.stimulus.id, reason, tries, "a stimulus was given up");
@@ -110,7 +120,7 @@ impl InstanceActor {
             }
             Err(Rejection::Failed(error)) => {
                 // It may have been written all the same, when the connection broke before the answer came.
-                let unsure = matches!(out, Out::Turns(_) | Out::Accept(_));
+                let unsure = matches!(out, Out::Turns(_) | Out::Accept(_) | Out::Steps(_));
                 self.give_back(out, &Error::Store(error));
                 if !self.agenda().inbox.is_empty() {
                     self.pause(FIRST_PAUSE, ctx);
@@ -141,6 +151,14 @@ impl InstanceActor {
                     }
                     hub.publish(&self.key, || Event::Accepted(id));
                 }
+            }
+            Out::Steps(Journaling { stimulus, steps, answer }) => {
+                let thinking = self.agenda().thinking.as_mut();
+                if let Some(thinking) = thinking.filter(|thinking| thinking.waiting.stimulus.id == stimulus) {
+                    thinking.waiting.steps.extend(steps);
+                }
+                self.environment.hub.keep_draft(&self.key);
+                drop(answer.send(Ok(())));
             }
             Out::Bury(mut waiting, letter) => {
                 self.environment.metrics.dead_letters.increment(1);
@@ -229,7 +247,7 @@ impl InstanceActor {
                 // It waits in the store and not here: it is read, before anything that comes later.
                 if waits { self.reload(ctx) } else { self.go_on(ctx) }
             }
-            Out::Bury(..) | Out::Control(_) => self.go_on(ctx),
+            Out::Bury(..) | Out::Control(_) | Out::Steps(_) => self.go_on(ctx),
         }
     }
 
@@ -241,6 +259,7 @@ impl InstanceActor {
             }
             Out::Bury(waiting, _) => self.agenda().inbox.put_back(*waiting),
             Out::Control(control) => self.agenda().controls.push_front(control),
+            Out::Steps(journaling) => drop(journaling.answer.send(Err(Error::Fenced))),
             Out::Accept(_) => {}
         }
     }
@@ -270,6 +289,7 @@ impl InstanceActor {
             Out::Turns(decided) => decided.into_iter().rev().for_each(|(waiting, _)| refuse(self, waiting)),
             Out::Bury(waiting, _) => refuse(self, *waiting),
             Out::Control(control) => control.refuse(error.clone()),
+            Out::Steps(journaling) => drop(journaling.answer.send(Err(error.clone()))),
             Out::Accept(ids) => {
                 for mut waiting in self.agenda().inbox.extract(|w| !w.accepted && ids.contains(&w.stimulus.id)) {
                     waiting.tell(&Err(error.clone()));

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use actix::prelude::*;
 use tokio::sync::oneshot;
 
-use super::{Agenda, Control, InstanceActor, Phase, State};
+use super::{Agenda, Control, InstanceActor, Journaling, Phase, State};
 use crate::{
     instance::{
         Error, Receipt, Until,
         inbox::{BEHIND, Waiter, Waiting},
         turn::{self, Mind},
     },
-    types::{Stimulus, StimulusId},
+    types::{Step, Stimulus, StimulusId},
 };
 
 /// A stimulus arrives.
@@ -111,6 +111,30 @@ pub struct Observed {
     pub inbox: usize,
     /// Whether nothing is going on.
     pub idle: bool,
+}
+
+/// The thought in hand took steps, and goes on when they are committed.
+#[derive(Message)]
+#[rtype(result = "Result<(), Error>")]
+pub struct Commit {
+    /// On which stimulus.
+    pub stimulus: StimulusId,
+    /// The steps, in order.
+    pub steps: Vec<Step>,
+}
+
+impl Handler<Commit> for InstanceActor {
+    type Result = ResponseFuture<Result<(), Error>>;
+    fn handle(&mut self, Commit { stimulus, steps }: Commit, ctx: &mut Context<Self>) -> Self::Result {
+        let (answer, end) = oneshot::channel();
+        let thinking = self.agenda.as_mut().and_then(|agenda| agenda.thinking.as_mut());
+        if let Some(thinking) = thinking.filter(|thinking| thinking.waiting.stimulus.id == stimulus) {
+            let steps = steps.into_iter().map(Arc::new).collect();
+            thinking.journaling = Some(Journaling { stimulus, steps, answer });
+            self.go_on(ctx);
+        }
+        Box::pin(async move { end.await.unwrap_or(Err(Error::Crashed)) })
+    }
 }
 
 impl InstanceActor {

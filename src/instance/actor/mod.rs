@@ -12,7 +12,7 @@ pub mod message;
 mod think;
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
     time::Duration,
@@ -36,7 +36,7 @@ use super::{
 use crate::{
     cognition::{Action, Facts, Thought},
     store::{DeadLetter, Head, Loaded},
-    types::{InstanceKey, RawJson, StateDoc, StimulusId, TurnRecord, limits::MAX_TURNS_PER_COMMIT},
+    types::{InstanceKey, RawJson, StateDoc, Step, StimulusId, TurnRecord, limits::MAX_TURNS_PER_COMMIT},
 };
 
 /// Where the instance stands in its life.
@@ -89,6 +89,7 @@ enum Out {
     Turns(Vec<(Waiting, Arc<TurnRecord>)>),
     Accept(Vec<StimulusId>),
     Bury(Box<Waiting>, Arc<DeadLetter>),
+    Steps(Journaling),
     Control(Control),
 }
 
@@ -101,6 +102,15 @@ struct Thinking {
     slow: bool,
     handle: SpawnHandle,
     answer: Option<Result<Thought, Failure>>,
+    /// Steps the engine waits to see committed.
+    journaling: Option<Journaling>,
+}
+
+/// Steps of the thought in hand, and who waits for their commit.
+struct Journaling {
+    stimulus: StimulusId,
+    steps: Vec<Arc<Step>>,
+    answer: oneshot::Sender<Result<(), Error>>,
 }
 
 impl Thinking {
@@ -283,6 +293,10 @@ impl InstanceActor {
         self.kept.version = loaded.state.version;
         self.kept.since_full = u32::try_from(loaded.turns_since_full).unwrap_or(u32::MAX);
         self.kept.state = State::Packed(loaded.state.doc);
+        let mut journals: HashMap<StimulusId, Vec<Arc<Step>>> = loaded.journals.into_iter().collect();
+        if let Some(thinking) = self.agenda.as_mut().and_then(|agenda| agenda.thinking.as_mut()) {
+            thinking.waiting.steps = journals.remove(&thinking.waiting.stimulus.id).unwrap_or_default();
+        }
         if !loaded.inbox.is_empty() {
             let agenda = self.agenda();
             let thinking = agenda.thinking.as_ref();
@@ -291,6 +305,9 @@ impl InstanceActor {
             };
             let stored = loaded.inbox.into_iter().filter(|stimulus| !is_in_hand(&stimulus.id));
             agenda.inbox.restore(stored);
+            for waiting in agenda.inbox.iter_mut() {
+                waiting.steps = journals.remove(&waiting.stimulus.id).unwrap_or_default();
+            }
         }
         Ok(())
     }
@@ -355,6 +372,9 @@ impl InstanceActor {
         }
         if let Some(control) = agenda.controls.pop_front() {
             return self.submit_control(control, ctx);
+        }
+        if let Some(journaling) = agenda.thinking.as_mut().and_then(|thinking| thinking.journaling.take()) {
+            return self.submit_steps(journaling, ctx);
         }
         if let Some(thinking) = agenda.thinking.take_if(|thinking| thinking.answer.is_some()) {
             return self.conclude_thought(thinking, ctx);

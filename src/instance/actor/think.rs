@@ -3,18 +3,19 @@
 use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use actix::prelude::*;
+use async_trait::async_trait;
 use futures_util::FutureExt as _;
 
-use super::{InstanceActor, State, Thinking};
+use super::{InstanceActor, State, Thinking, message::Commit};
 use crate::{
-    cognition::{self, Action, Pace, Progress, Question, Thought},
+    cognition::{self, Action, Bounds, Pace, Progress, Question, Thought, course},
     instance::{
         attention,
         environment::Environment,
         inbox::Waiting,
         turn::{self, Author, Mind},
     },
-    types::{Fault as _, InstanceKey, limits::MAX_TRIES, memory::ENGINE},
+    types::{Fault as _, InstanceKey, Step, StimulusId, limits::MAX_TRIES, memory::ENGINE, profile::Limits},
 };
 
 /// Tries of a stimulus whose engine is unavailable, with growing pauses, before it goes to the dead letters.
@@ -34,12 +35,14 @@ impl InstanceActor {
     pub(super) fn think(&mut self, waiting: Waiting, actions: Vec<Action>, ctx: &mut Context<Self>) {
         let mind = self.mind().clone();
         let slow = mind.engine.pace(&mind.profile) == Pace::Slow;
-        let alone = !slow || mind.attention.is_none();
+        // What has steps behind it goes on with those it was told of in the first.
+        let alone = !slow || mind.attention.is_none() || !waiting.steps.is_empty();
         if slow && !waiting.accepted || !alone && self.awaits_others() {
             self.agenda().inbox.put_back(waiting);
             return self.submit_accept(ctx);
         }
-        let others = mind.attention.as_ref().map_or_else(Vec::new, |attention| self.companions(&waiting, attention));
+        let attention = mind.attention.as_ref().filter(|_| waiting.steps.is_empty());
+        let others = attention.map_or_else(Vec::new, |attention| self.companions(&waiting, attention));
         self.ask(waiting, others, actions, ctx);
     }
 
@@ -73,19 +76,22 @@ impl InstanceActor {
                 .think_seconds
                 .map_or_else(|| environment.limits.think(), |s| Duration::from_secs(s.into())),
             tools: environment.toolbox.clone(),
+            steps: waiting.steps.clone(),
+            bounds: bounds(&environment, &mind.profile.limits),
         };
         self.kept.state = State::Open(state);
         if slow {
-            environment.hub.begin_draft(&self.key, &waiting.stimulus.id);
+            environment.hub.begin_draft(&self.key, &waiting.stimulus.id, course::spoken(&waiting.steps));
         }
-        let asked = ask(environment, mind, question, self.kept.head.turn, slow);
+        let asked = ask(environment, mind, question, self.kept.head.turn, slow.then(|| ctx.address()));
         let handle = ctx.spawn(asked.into_actor(self).map(|answer, actor, ctx| {
             if let Some(thinking) = &mut actor.agenda().thinking {
                 thinking.answer = Some(answer);
             }
             actor.go_on(ctx);
         }));
-        self.agenda().thinking = Some(Thinking { waiting, others, actions, slow, handle, answer: None });
+        self.agenda().thinking =
+            Some(Thinking { waiting, others, actions, slow, handle, answer: None, journaling: None });
     }
 
     pub(super) fn conclude_thought(&mut self, thinking: Thinking, ctx: &mut Context<Self>) {
@@ -163,7 +169,7 @@ async fn ask(
     mind: Arc<Mind>,
     mut question: Question,
     turns: u64,
-    slow: bool,
+    slow: Option<Addr<InstanceActor>>,
 ) -> Result<Thought, Failure> {
     fn unavailable(error: impl std::fmt::Display) -> Failure {
         Failure::Engine(cognition::Error::Unavailable(error.to_string()))
@@ -181,7 +187,8 @@ async fn ask(
             question.recent.retain(|turn| turn.engine != ENGINE);
         }
     }
-    let progress = Stream { environment: environment.clone(), key: question.key.clone(), live: slow };
+    let (key, stimulus) = (question.key.clone(), question.stimulus.id.clone());
+    let progress = Stream { environment: environment.clone(), key, stimulus, actor: slow };
     let thought = AssertUnwindSafe(mind.engine.think(question, &progress)).catch_unwind();
     match tokio::time::timeout(limit, thought).await {
         Err(_) => Err(Failure::Engine(cognition::Error::Timeout(limit))),
@@ -190,22 +197,44 @@ async fn ask(
     }
 }
 
-/// Passes an engine's words on to those who watch.
+/// How far a turn may go: as far as the node lets it, or less.
+fn bounds(environment: &Environment, limits: &Limits) -> Bounds {
+    let Bounds { steps, tokens } = environment.bounds;
+    Bounds {
+        steps: limits.max_steps.map_or(steps, |own| own.min(steps)),
+        tokens: limits.max_tokens_per_turn.map_or(tokens, |own| own.min(tokens)),
+    }
+}
+
+/// Passes an engine's words on to those who watch, and its steps to the actor.
 struct Stream {
     environment: Arc<Environment>,
     key: InstanceKey,
-    live: bool,
+    stimulus: StimulusId,
+    /// Nobody watches an engine that answers at once, and it takes no steps.
+    actor: Option<Addr<InstanceActor>>,
 }
 
+#[async_trait]
 impl Progress for Stream {
     fn token(&self, text: &str) {
-        if self.live {
+        if self.actor.is_some() {
             self.environment.hub.token(&self.key, text);
         }
     }
     fn restart(&self) {
-        if self.live {
+        if self.actor.is_some() {
             self.environment.hub.restart_draft(&self.key);
+        }
+    }
+    async fn commit(&self, steps: Vec<Step>) -> Result<(), cognition::Error> {
+        let Some(actor) = &self.actor else { return Ok(()) };
+        let unavailable = |error: &dyn std::fmt::Display| {
+            cognition::Error::Unavailable(format!("a step could not be committed: {error}"))
+        };
+        match actor.send(Commit { stimulus: self.stimulus.clone(), steps }).await {
+            Ok(end) => end.map_err(|error| unavailable(&error)),
+            Err(gone) => Err(unavailable(&gone)),
         }
     }
 }

@@ -125,6 +125,7 @@ impl<'a> Questions<'a> {
                 asked(stimulus, None, true);
                 false
             }
+            Work::Step { .. } => true,
             Work::PutProfile { .. } | Work::Forget => false,
         };
         let instance = (!known).then_some(self.instances.len());
@@ -174,7 +175,12 @@ impl<'a> Decider<'a, '_> {
                     }
                     Ok(end)
                 }
+                Work::Step { head, stimulus, first, steps } => {
+                    self.writes.journals.enter(&unit.key, stimulus, *first, steps)?;
+                    Ok(End::Written(Committed { head: *head, created: false }))
+                }
                 Work::Bury { stimulus, reason, tries, at } => {
+                    self.writes.journals.leave(&unit.key, &stimulus.id);
                     let places = self.places(asking.stimuli);
                     let standing = self.create(&unit.key, standing, *at, None);
                     places.waiting.into_iter().for_each(|ord| self.writes.leave_inbox(ord));
@@ -255,7 +261,10 @@ impl<'a> Decider<'a, '_> {
             // Of two turns with one id that is not to be recognised, the first took it.
             let first = !turns[..index].iter().any(|earlier| earlier.stimulus.id == turn.stimulus.id);
             let waiting = waiting.filter(|_| first);
-            waiting.into_iter().for_each(|ord| self.writes.leave_inbox(ord));
+            if let Some(ord) = waiting {
+                self.writes.leave_inbox(ord);
+                self.writes.journals.leave(&unit.key, &turn.stimulus.id);
+            }
             self.writes.turn(&unit.key, unit.fence, life, turn, waiting.is_some())?;
         }
         let head = Head { turn: given.turn + turns.len() as u64, links: [life, 0, 0, 0] };

@@ -134,6 +134,7 @@ impl Job {
             Job::Unit(unit) => match &unit.work {
                 Work::Turns { turns, .. } => turns.iter().map(|t| 4096 + text(&t.stimulus)).sum(),
                 Work::Accept { stimuli } | Work::Lodge { stimuli } => stimuli.iter().map(|s| text(s)).sum(),
+                Work::Step { steps, .. } => steps.iter().map(|step| step.weight()).sum(),
                 _ => 4096,
             },
             Job::Ship(_, writes, _) => writes.len() * 1024,

@@ -33,6 +33,7 @@ mod replica;
 mod roaming;
 mod rows;
 mod sql;
+mod steps;
 mod writes;
 
 #[cfg(feature = "faults")]

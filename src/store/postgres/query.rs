@@ -16,8 +16,9 @@ use super::{
 };
 use crate::{
     store::{
-        DeadLetter, Error, Feed, Known, Listed, Loaded, MAX_LOCATED, MqttRow, Outgoing, Pending, Scope, Stats, record,
-        replay,
+        DeadLetter, Error, Feed, Known, Listed, Loaded, MAX_LOCATED, MqttRow, Outgoing, Pending, Scope, Stats,
+        journal::{self, Journal, Texts},
+        record, replay,
     },
     types::{InstanceId, InstanceKey, Millis, StateChange, StateSnapshot, StimulusId, TenantId, TurnRecord},
 };
@@ -39,7 +40,13 @@ const LOAD: Sql = Sql {
     text: "SELECT i.life, i.created_at, i.profile,
              ARRAY(SELECT b.rec FROM inbox b WHERE b.tenant = i.tenant AND b.instance = i.instance ORDER BY b.ord),
              ARRAY(SELECT t.rec FROM turns t WHERE t.tenant = i.tenant AND t.life = i.life
-               ORDER BY t.turn DESC LIMIT $3)
+               ORDER BY t.turn DESC LIMIT $3),
+             ARRAY(SELECT s.stimulus FROM turn_steps s WHERE s.tenant = i.tenant AND s.instance = i.instance
+               ORDER BY s.stimulus, s.n),
+             ARRAY(SELECT s.rec FROM turn_steps s WHERE s.tenant = i.tenant AND s.instance = i.instance
+               ORDER BY s.stimulus, s.n),
+             ARRAY(SELECT b.hash FROM blobs b WHERE b.tenant = i.tenant AND b.instance = i.instance ORDER BY b.hash),
+             ARRAY(SELECT b.bytes FROM blobs b WHERE b.tenant = i.tenant AND b.instance = i.instance ORDER BY b.hash)
            FROM instances i WHERE i.tenant = $1 AND i.instance = $2",
     types: &[Type::TEXT, Type::TEXT, Type::INT8],
 };
@@ -148,6 +155,23 @@ fn shards(scope: &Scope) -> Option<Vec<i32>> {
     scope.shards().map(|shards| shards.iter().map(|shard| int(*shard)).collect())
 }
 
+/// The steps that [`LOAD`] found.
+fn journals(row: &Row) -> Result<Vec<Journal>, Error> {
+    let stimuli: Vec<&str> = row.try_get(5).map_err(column)?;
+    let recs: Vec<&[u8]> = row.try_get(6).map_err(column)?;
+    let hashes: Vec<&[u8]> = row.try_get(7).map_err(column)?;
+    let bytes: Vec<&[u8]> = row.try_get(8).map_err(column)?;
+    let mut texts = Texts::default();
+    for (hash, bytes) in hashes.iter().zip(&bytes) {
+        texts.add(hash, bytes)?;
+    }
+    let read = |(stimulus, rec): (&&str, &&[u8])| {
+        let id = StimulusId::new(*stimulus).map_err(|e| Error::Corrupt(format!("a stored id '{stimulus}': {e}")))?;
+        Ok((id, texts.decode(rec)?))
+    };
+    Ok(journal::gather(stimuli.iter().zip(&recs).map(read).collect::<Result<Vec<_>, Error>>()?))
+}
+
 fn limit(count: usize) -> i64 {
     big(count as u64)
 }
@@ -165,6 +189,7 @@ impl PostgresStore {
                 state: replay::empty_state()?,
                 turns_since_full: 0,
                 inbox: Vec::new(),
+                journals: Vec::new(),
             });
         };
         let life: i64 = row.try_get(0).map_err(column)?;
@@ -180,6 +205,7 @@ impl PostgresStore {
             state,
             turns_since_full,
             inbox,
+            journals: journals(row)?,
         })
     }
 

@@ -6,7 +6,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use tokio_postgres::types::Type;
 
-use super::sql::{Param, Sql};
+use super::{
+    sql::{Param, Sql},
+    steps::Steps,
+};
 use crate::{
     store::{Error, Feed, Fence, MqttWrite, Pending, Shipping, rank, record, replay},
     types::{EpisodeId, InstanceKey, Millis, Stimulus, StimulusId, TenantId, TurnRecord},
@@ -108,7 +111,9 @@ const FORGOTTEN: Sql = Sql {
            i AS (DELETE FROM instances x USING gone g WHERE x.tenant = g.tenant AND x.instance = g.instance),
            b AS (DELETE FROM inbox x USING gone g WHERE x.tenant = g.tenant AND x.instance = g.instance),
            d AS (DELETE FROM dead x USING gone g WHERE x.tenant = g.tenant AND x.instance = g.instance),
-           p AS (DELETE FROM pending x USING gone g WHERE x.tenant = g.tenant AND x.instance = g.instance)
+           p AS (DELETE FROM pending x USING gone g WHERE x.tenant = g.tenant AND x.instance = g.instance),
+           s AS (DELETE FROM turn_steps x USING gone g WHERE x.tenant = g.tenant AND x.instance = g.instance),
+           t AS (DELETE FROM blobs x USING gone g WHERE x.tenant = g.tenant AND x.instance = g.instance)
            INSERT INTO forgotten (tenant, life) SELECT tenant, life FROM gone",
     types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::INT8_ARRAY],
 };
@@ -196,10 +201,10 @@ const RETAINED: Sql = Sql {
 pub(super) type Loss<'a> = (&'a str, i64, u64, Vec<usize>);
 
 /// Columns.
-type Texts<'a> = Vec<&'a str>;
+pub(super) type Texts<'a> = Vec<&'a str>;
 type Numbers = Vec<i64>;
 type Shorts = Vec<i32>;
-type Blobs = Vec<Vec<u8>>;
+pub(super) type Blobs = Vec<Vec<u8>>;
 
 /// A statement with its columns.
 pub(super) type Step<'a> = (&'static Sql, Vec<Param<'a>>);
@@ -228,6 +233,8 @@ pub(super) struct Writes<'a> {
     sessions: BTreeMap<(&'a TenantId, &'a str), Option<&'a [u8]>>,
     queued: BTreeMap<(&'a TenantId, &'a str, i64), Option<&'a [u8]>>,
     retained: BTreeMap<(&'a TenantId, &'a str), Option<&'a [u8]>>,
+    /// Journals of turns under way.
+    pub(super) journals: Steps<'a>,
     mail: (Texts<'a>, Texts<'a>, Vec<bool>, Vec<&'a [u8]>),
     collected: Numbers,
     /// What the maps become when they are written.
@@ -633,7 +640,8 @@ impl<'a> Writes<'a> {
             (&CLEARED, flat.cleared.0.len(), vec![&flat.cleared.0, &flat.cleared.1]),
             (&RETAINED, flat.retained.0.len(), vec![&flat.retained.0, &flat.retained.1, &flat.retained.2]),
         ];
-        all.into_iter().filter(|(_, rows, _)| *rows > 0).map(|(sql, _, params)| (sql, params)).collect()
+        let all = all.into_iter().map(|(sql, rows, params)| (rows, (sql, params))).chain(self.journals.statements());
+        all.filter(|(rows, _)| *rows > 0).map(|(_, step)| step).collect()
     }
 }
 

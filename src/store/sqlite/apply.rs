@@ -56,6 +56,10 @@ impl Writer<'_> {
             Work::Turns { head, turns } => self.apply_turns(key, *head, turns),
             // One process has the file: who lodges is who owns.
             Work::Accept { stimuli } | Work::Lodge { stimuli } => self.accept(key, stimuli),
+            Work::Step { stimulus, first, steps, .. } => {
+                self.enter_steps(key, stimulus, *first, steps)?;
+                self.unchanged(key, false)
+            }
             Work::Bury { stimulus, reason, tries, at } => self.bury(key, stimulus, reason, *tries, *at),
             Work::Revive { stimulus } => self.revive(key, stimulus),
             Work::PutProfile { profile, at } => self.put_profile(key, profile, *at),
@@ -148,6 +152,9 @@ impl Writer<'_> {
             self.overwrite(true)?;
         }
         let waited = self.leave_inbox(key, &record.stimulus.id)?;
+        if waited {
+            self.leave_steps(key, &record.stimulus.id)?;
+        }
         let seq = self.take_position();
         let mut place = head.place();
         if holds_coarse(record.turn) && head.links[LOW - 1] != 0 {
@@ -294,6 +301,7 @@ impl Writer<'_> {
     ) -> Result<Committed, Trouble> {
         self.create(key, at, None)?;
         self.leave_inbox(key, &stimulus.id)?;
+        self.leave_steps(key, &stimulus.id)?;
         self.leave_dead(key, &stimulus.id)?;
         let mut insert = self.db.prepare_cached(
             "INSERT INTO dead (tenant, instance, stimulus, reason, tries, at, rec) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
@@ -345,6 +353,8 @@ impl Writer<'_> {
             "DELETE FROM inbox WHERE tenant = ?1 AND instance = ?2",
             "DELETE FROM dead WHERE tenant = ?1 AND instance = ?2",
             "DELETE FROM pending WHERE tenant = ?1 AND instance = ?2",
+            "DELETE FROM turn_steps WHERE tenant = ?1 AND instance = ?2",
+            "DELETE FROM blobs WHERE tenant = ?1 AND instance = ?2",
         ] {
             self.db.prepare_cached(table)?.execute(params![key.tenant.as_str(), key.instance.as_str()])?;
         }
@@ -353,6 +363,7 @@ impl Writer<'_> {
         self.delta.forget(key, self.last_position());
         self.waiting.set(key, 0);
         self.dead.set(key, 0);
+        self.steps.set(key, 0);
         self.has_forgotten = true;
         Ok(gone)
     }

@@ -31,6 +31,7 @@ mod reader;
 mod recall;
 mod rows;
 mod schema;
+mod steps;
 mod writer;
 
 #[cfg(feature = "faults")]

@@ -11,7 +11,7 @@ use super::{
     memtable::{Latest, Memtable, id_key},
     reader::View,
     record::{self, Row},
-    rows,
+    rows, steps,
 };
 use crate::{
     store::{
@@ -96,12 +96,23 @@ impl View {
                 state: replay::empty_state()?,
                 turns_since_full: 0,
                 inbox: Vec::new(),
+                journals: Vec::new(),
             });
         };
         let head = settled.head(key)?;
         let (state, turns_since_full) = state(&settled.tx, key, head)?;
         let inbox = inbox(&settled.tx, key)?;
-        Ok(Loaded { exists: true, profile, created_at: Some(created_at), head, state, turns_since_full, inbox })
+        let journals = steps::journals(&settled.tx, key)?;
+        Ok(Loaded {
+            exists: true,
+            profile,
+            created_at: Some(created_at),
+            head,
+            state,
+            turns_since_full,
+            inbox,
+            journals,
+        })
     }
 
     pub(super) fn state(&self, key: &InstanceKey) -> Result<Option<StateSnapshot>, Error> {

@@ -71,6 +71,7 @@ impl Job {
                 // Replies, effects and episodes are of the stimulus' order of size.
                 Work::Turns { turns, .. } => turns.iter().map(|record| 2 * record.stimulus.weight()).sum(),
                 Work::Accept { stimuli } => stimuli.iter().map(|stimulus| stimulus.weight()).sum(),
+                Work::Step { steps, .. } => steps.iter().map(|step| step.weight()).sum(),
                 _ => 1024,
             },
             Job::Ship(writes, _) => 512 * writes.len(),
@@ -126,6 +127,8 @@ pub(super) struct Writer<'c> {
     pub(super) delta: Generation,
     pub(super) waiting: Counts,
     pub(super) dead: Counts,
+    /// Steps of turns under way.
+    pub(super) steps: Counts,
     /// Days the folded index has.
     pub(super) days: BTreeSet<i64>,
     pub(super) folding: Option<Folding>,
@@ -173,6 +176,7 @@ impl<'c> Writer<'c> {
             delta: Generation::default(),
             waiting: count(db, "SELECT tenant, instance, count(*) FROM inbox GROUP BY tenant, instance")?,
             dead: count(db, "SELECT tenant, instance, count(*) FROM dead GROUP BY tenant, instance")?,
+            steps: count(db, "SELECT tenant, instance, count(*) FROM turn_steps GROUP BY tenant, instance")?,
             days: rows::days(db)?.into_iter().collect(),
             folding: None,
             has_forgotten: true,
@@ -358,6 +362,7 @@ impl<'c> Writer<'c> {
             self.shared.memtable_mut().commit();
             self.waiting.commit();
             self.dead.commit();
+            self.steps.commit();
             self.fold_committed();
             if outgoing {
                 self.shared.hint.notify_one();
@@ -371,6 +376,7 @@ impl<'c> Writer<'c> {
             self.shared.memtable_mut().committing.clear();
             self.waiting.rollback();
             self.dead.rollback();
+            self.steps.rollback();
             self.fold_rolled_back();
             self.next = next;
         }

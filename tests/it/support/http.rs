@@ -166,6 +166,18 @@ impl Stream {
         }
         &self.seen
     }
+
+    /// Reads the next piece, and returns everything so far.
+    ///
+    /// # Panics
+    /// When the stream ends or the deadline passes.
+    pub async fn more(&mut self) -> &str {
+        let piece = tokio::time::timeout(PATIENCE, self.answer.chunk()).await;
+        let piece = piece.unwrap_or_else(|_| panic!("waited for more in vain; so far {:?}", self.seen));
+        let piece = piece.ok().flatten().unwrap_or_else(|| panic!("the end of {:?}", self.seen));
+        self.seen.push_str(&String::from_utf8_lossy(&piece));
+        &self.seen
+    }
 }
 
 /// The calls most tests make.
