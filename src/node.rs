@@ -224,6 +224,7 @@ impl Node {
         let arbiters: Vec<_> = (0..count).map(|_| Arbiter::new()).collect();
         let handles: Vec<_> = arbiters.iter().map(Arbiter::handle).collect();
         let arbiter = handles.first().cloned().ok_or_else(|| part("there is no arbiter"))?;
+        let arbiters = with_cache(arbiters, &environment);
         let environment = Arc::new(environment);
         let shards = Shards::new(environment.clone(), config.cluster.shards, handles);
         let member = Member::start(member::Parts {
@@ -388,6 +389,14 @@ impl Node {
     pub fn router(&self) -> &Router {
         &self.router
     }
+}
+
+/// Starts the cache's actors on two more threads: one of them waits for the disk.
+fn with_cache(mut arbiters: Vec<Arbiter>, environment: &Environment) -> Vec<Arbiter> {
+    let (cache, disk) = (Arbiter::new(), Arbiter::new());
+    environment.cache.start(cache.handle(), disk.handle());
+    arbiters.extend([cache, disk]);
+    arbiters
 }
 
 /// Where other nodes and operators reach this one.

@@ -16,8 +16,11 @@ use super::{
 /// Arguments of `inspect`.
 #[derive(Debug, Args)]
 pub struct InspectArgs {
-    /// The instance.
+    /// The instance; with --cache a key of the node's cache, TYPE/ID, such as state/lamp.
     pub instance: String,
+    /// Show what each tier of the node's cache holds under the key.
+    #[arg(long)]
+    cache: bool,
     #[command(flatten)]
     door: DoorArgs,
     /// How many of the last turns and dead letters to show.
@@ -33,6 +36,9 @@ pub struct InspectArgs {
 /// # Errors
 /// No such node, no such instance, no rights.
 pub fn run(args: &InspectArgs) -> Result<ExitCode, Failure> {
+    if args.cache {
+        return inspect_cache(args);
+    }
     let instance = door::instance(&args.instance)?;
     let door = Door::new(&args.door)?;
     let runtime = door::runtime()?;
@@ -43,6 +49,40 @@ pub fn run(args: &InspectArgs) -> Result<ExitCode, Failure> {
         out::out(&page(&seen));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn inspect_cache(args: &InspectArgs) -> Result<ExitCode, Failure> {
+    let door = Door::new(&args.door)?;
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~/".contains(&b);
+    let key: String =
+        args.instance.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect();
+    let seen = door::runtime()?.block_on(door.get(&format!("v1/cache?key={key}")))?;
+    out::out(&if args.json { format!("{:#}\n", seen["items"]) } else { page_of_cache(&seen) });
+    Ok(ExitCode::SUCCESS)
+}
+
+/// One line for each tier that holds it.
+fn page_of_cache(seen: &Value) -> String {
+    let seconds =
+        |value: &Value| value.as_i64().map_or_else(String::new, |ms| format!("{}.{:03} s", ms / 1000, ms.abs() % 1000));
+    let items = seen["items"].as_array().map_or(&[][..], Vec::as_slice);
+    let row = |held: &Value| {
+        let what = match (held["negative"] == true, held["sealed"] == true) {
+            (true, _) => "nothing is there",
+            (_, true) => "sealed",
+            _ => "",
+        };
+        vec![
+            out::text(&held["tier"]),
+            out::text(&held["version"]),
+            seconds(&held["age_ms"]),
+            seconds(&held["fresh_ms"]),
+            format!("{} B", out::text(&held["bytes"])),
+            what.to_owned(),
+        ]
+    };
+    let rows = items.iter().map(row).collect();
+    out::table("tiers that hold it", &["tier", "version", "age", "fresh for", "size", ""], rows)
 }
 
 /// `sophont health`: `ready`, or why not.

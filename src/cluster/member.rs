@@ -18,6 +18,7 @@ use super::{
     PROTOCOL,
     balancer::{self, Balancer},
     bus::{self, Message, message::Relay},
+    copies::{self, Copies},
     forward::{self, Forwarder, Local, Owner, Owners},
     gauge::Gauge,
     lease::Terms,
@@ -117,6 +118,7 @@ pub struct Member {
     forwarder: Forwarder,
     operations: Operations,
     balancer: Balancer,
+    copies: Copies,
     scope: watch::Receiver<Scope>,
     relays: Arc<OnceLock<Hears>>,
     delivery: Arc<OnceLock<Leaving>>,
@@ -206,23 +208,40 @@ impl Member {
         // Nobody else sets it.
         let _ = map.membership.set(membership.clone());
         let watches = Watches::start(&environment.hub, &forwarder, &drain, &handle);
+        let copies = Copies::new(copies::Parts {
+            environment: environment.clone(),
+            owners: map.clone(),
+            bus: bus.clone(),
+            served: served(&shards, &membership),
+            understood: understood(&balancer),
+            answer: Duration::from_millis(config.redis.answer_ms),
+            deaf: config.faults.drop_invalidations,
+            handle: handle.clone(),
+        });
+        copies.tell(&drain);
         let (hears, watching, weighs) = (membership.clone(), watches.clone(), balancer.clone());
+        let (copying, losing) = (copies.clone(), copies.clone());
         let relays = Arc::new(OnceLock::<Hears>::new());
         let door = relays.clone();
-        let news = Box::new(move |from: NodeId, message: Message| match watching.hear(from.clone(), message) {
-            Err(Message::Load(load)) => {
-                weighs.hear(from, load, Duration::ZERO);
-                hears.look();
-            }
-            Err(Message::Report(load)) => weighs.hear(from, load, Duration::ZERO),
-            Err(Message::Relay(relay)) => {
-                if let Some(hear) = door.get() {
-                    hear(from, relay);
+        let news = Box::new(move |from: NodeId, age_ms: u64, message: Message| {
+            let message = copying.hear(&from, age_ms, message).err();
+            let Some(message) = message else { return };
+            match watching.hear(from.clone(), message) {
+                Err(Message::Load(load)) => {
+                    weighs.hear(from, load, Duration::ZERO);
+                    hears.look();
                 }
+                Err(Message::Report(load)) => weighs.hear(from, load, Duration::ZERO),
+                Err(Message::Relay(relay)) => {
+                    if let Some(hear) = door.get() {
+                        hear(from, relay);
+                    }
+                }
+                _ => {}
             }
-            _ => {}
         });
-        forwarder.serve(inlet, Arc::new(Local::new(shards, environment, news)), &drain);
+        let local = Local::new(shards, environment, news).on_lost(move |to| losing.lost(to));
+        forwarder.serve(inlet, Arc::new(local), &drain);
         handle.spawn(follow(membership.clone(), forwarder.clone(), watches, drain, alone));
         let settled = |standing: &Standing| standing.open > 0 || (standing.version > 1 && !standing.alone);
         let _ = tokio::time::timeout(terms.lease, membership.standing().wait_for(settled)).await;
@@ -231,6 +250,7 @@ impl Member {
             forwarder,
             operations: Operations::new(ownership, node, balancer.clone()),
             balancer,
+            copies,
             scope: owned,
             relays,
             delivery,
@@ -260,6 +280,11 @@ impl Member {
     /// Who is how busy, and where work goes that any node may do.
     pub const fn balancer(&self) -> &Balancer {
         &self.balancer
+    }
+
+    /// States of instances that other nodes own.
+    pub const fn copies(&self) -> &Copies {
+        &self.copies
     }
 
     /// Who hears what doors of other nodes relay. The first one stays; it must not block.
@@ -310,6 +335,19 @@ impl Member {
             bus::Health::Down(why) => Err(why.to_string()),
         }
     }
+}
+
+/// The epoch under which an instance is served here: it is open, and the lease runs.
+fn served(shards: &Shards, membership: &Membership) -> copies::Served {
+    let (shards, membership) = (shards.clone(), membership.clone());
+    Box::new(move |key| shards.epoch(shards.shard_of(key)).filter(|_| membership.serves()))
+}
+
+/// Whether all nodes know what is asked about copies.
+fn understood(balancer: &Balancer) -> Box<dyn Fn() -> bool + Send + Sync> {
+    const SINCE: u32 = 3;
+    let balancer = balancer.clone();
+    Box::new(move || balancer.routing().spoken() >= SINCE)
 }
 
 impl Scales for Balancer {

@@ -9,6 +9,7 @@ use crate::types::Protocol;
 pub mod balancer;
 pub mod bus;
 pub mod calls;
+pub mod copies;
 pub mod forward;
 mod gauge;
 pub mod lease;
@@ -26,7 +27,8 @@ pub mod watch;
 ///
 /// - 1: the first.
 /// - 2: nodes tell each other now and then how busy they are.
-pub const PROTOCOL: Protocol = Protocol { min: 1, max: 2 };
+/// - 3: nodes ask the owner of an instance whether what they hold of its state is the newest.
+pub const PROTOCOL: Protocol = Protocol { min: 1, max: 3 };
 
 pub use membership::Membership;
 pub use operations::Operations;

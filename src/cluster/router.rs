@@ -200,24 +200,38 @@ impl Router {
         }
     }
 
-    /// The committed state; `None` when there is no such instance. From the read cache where this node alone changes the
-    /// instance, else from the store.
+    /// The committed state; `None` when there is no such instance. Never older than what was acknowledged before the call: from
+    /// the cache where this node alone changes the instance, or where the node that does says that nothing is newer, else
+    /// from the store.
     ///
     /// # Errors
     /// [`Error::Store`].
     pub async fn state(&self, key: &InstanceKey) -> Result<Option<Arc<StateSnapshot>>, Error> {
-        let states = &self.0.environment.states;
+        self.read(key, false).await
+    }
+
+    /// As [`Router::state`]; what is held here and not older than `cache.ttl.state` will do.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub async fn state_eventual(&self, key: &InstanceKey) -> Result<Option<Arc<StateSnapshot>>, Error> {
+        self.read(key, true).await
+    }
+
+    async fn read(&self, key: &InstanceKey, eventual: bool) -> Result<Option<Arc<StateSnapshot>>, Error> {
+        let environment = &self.0.environment;
         let trusted = || self.0.member.as_ref().is_none_or(|member| member.membership().serves());
-        let served = self.0.shards.has(key) && trusted();
-        if let Some(state) = served.then(|| states.get(key)).flatten() {
+        let epoch = self.0.shards.epoch(self.0.shards.shard_of(key)).filter(|_| trusted());
+        let Some(epoch) = epoch else {
+            return match &self.0.member {
+                Some(member) => member.copies().read(key, eventual).await,
+                None => Ok(environment.store.state(key).await?.map(Arc::new)),
+            };
+        };
+        if let Some(state) = environment.states.owned(key, epoch) {
             return Ok(Some(state));
         }
-        let fill = served.then(|| states.begin_fill(key));
-        let Some(state) = self.0.environment.store.state(key).await?.map(Arc::new) else { return Ok(None) };
-        if let Some(fill) = fill {
-            fill.finish(&state);
-        }
-        Ok(Some(state))
+        Ok(environment.states.load_owned(key, epoch, || environment.store.state(key)).await?)
     }
 
     /// Whether an instance is in memory, and how much waits for it there.

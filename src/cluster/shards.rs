@@ -142,8 +142,6 @@ impl Shards {
             drop(sender.send(ShardActor::new(environment, for_shard).begin()));
         });
         let address = address.await.map_err(|_| dead())?;
-        // What was read while the shard was elsewhere may be old by now.
-        self.0.environment.states.clear();
         if let Some(old) = self.change(shard, Some(Here { address, tenure })) {
             self.end(shard, old);
         }

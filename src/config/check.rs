@@ -10,7 +10,7 @@ use std::{
 
 use secrecy::ExposeSecret;
 
-use super::{Auth, Backend, Cognition, Config, Delivery, Mqtt, MqttMode, PostgresTls, Readers, Redis, Store};
+use super::{Auth, Backend, Cache, Cognition, Config, Delivery, Mqtt, MqttMode, PostgresTls, Readers, Redis, Store};
 use crate::types::{
     InstanceId,
     limits::{MAX_BUS_MESSAGE_BYTES, MAX_ID_BYTES},
@@ -104,7 +104,14 @@ fn ranges(config: &Config, found: &mut Findings) {
     found.range(&["cluster", "max_moves"], cluster.max_moves, 1..=65_536);
     let most = scaling.max_consciousness_instances;
     found.range(&["scaling", "max_consciousness_instances"], most, 1..=100_000_000);
-    found.range(&["scaling", "cache_l1_size_mb"], scaling.cache_l1_size_mb, 0..=1_048_576);
+    for (key, size) in [
+        ("cache_l1_size_mb", scaling.cache_l1_size_mb),
+        ("cache_l2_size_mb", scaling.cache_l2_size_mb),
+        ("cache_l3_size_mb", scaling.cache_l3_size_mb),
+    ] {
+        found.range(&["scaling", key], size, 0..=1_048_576);
+    }
+    cache(&config.cache, found);
     found.range(&["scaling", "load_seconds"], scaling.load_seconds, 0..=3600);
     found.range(&["instances", "idle_passivate_seconds"], instances.idle_passivate_seconds, 1..=31_536_000);
     found.range(&["instances", "max_inbox"], instances.max_inbox, 1..=1_000_000);
@@ -123,6 +130,28 @@ fn ranges(config: &Config, found: &mut Findings) {
         found.range(&at("idle_seconds"), provider.idle_seconds, 1..=3600);
         found.range(&at("max_tokens"), provider.max_tokens, 1..=10_000_000);
         found.range(&at("context_tokens"), provider.context_tokens, 256..=100_000_000);
+    }
+}
+
+fn cache(cache: &Cache, found: &mut Findings) {
+    const YEAR: u64 = 31_536_000;
+    found.range(&["cache", "jitter_percent"], cache.jitter_percent, 0..=90);
+    found.range(&["cache", "negative_seconds"], cache.negative_seconds, 0..=3600);
+    let (ttl, stale) = (&cache.ttl, &cache.stale);
+    for (key, seconds) in [
+        ("state", ttl.state),
+        ("profile", ttl.profile),
+        ("auth", ttl.auth),
+        ("prompt", ttl.prompt),
+        ("recall", ttl.recall),
+        ("embedding", ttl.embedding),
+        ("answer", ttl.answer),
+        ("tool", ttl.tool),
+    ] {
+        found.range(&["cache", "ttl", key], seconds, 0..=YEAR);
+    }
+    for (key, seconds) in [("profile", stale.profile), ("prompt", stale.prompt), ("tool", stale.tool)] {
+        found.range(&["cache", "stale", key], seconds, 0..=YEAR);
     }
 }
 

@@ -41,6 +41,9 @@ impl Key {
 #[allow(clippy::cast_precision_loss)] // figures on a page
 pub const LIVE: &[Key] = &[
     Key::number("scaling.max_consciousness_instances", |c| c.scaling.max_consciousness_instances as f64),
+    Key::number("scaling.cache_l1_size_mb", |c| c.scaling.cache_l1_size_mb as f64),
+    Key::number("scaling.cache_l2_size_mb", |c| c.scaling.cache_l2_size_mb as f64),
+    Key::number("scaling.cache_l3_size_mb", |c| c.scaling.cache_l3_size_mb as f64),
     Key::number("instances.idle_passivate_seconds", |c| c.instances.idle_passivate_seconds as f64),
     Key::number("instances.scan_seconds", |c| c.instances.scan_seconds as f64),
     Key::number("cognition.think_seconds", |c| c.cognition.think_seconds as f64),

@@ -43,6 +43,8 @@ pub struct Config {
     pub redis: Redis,
     /// Scale.
     pub scaling: Scaling,
+    /// What is cached for how long.
+    pub cache: Cache,
     /// Instances.
     pub instances: Instances,
     /// Engines and providers.
@@ -369,12 +371,94 @@ pub struct Scaling {
     pub horizontal_scaling_enabled: Option<bool>,
     /// Most instances in memory.
     pub max_consciousness_instances: usize,
-    /// In-process cache, in MiB.
+    /// First tier of the cache, in this process, in MiB.
     pub cache_l1_size_mb: usize,
+    /// Second tier: of what this node keeps in Redis, or compressed in this process, in MiB.
+    pub cache_l2_size_mb: usize,
+    /// Third tier: a file in the data folder, in MiB.
+    pub cache_l3_size_mb: usize,
     /// Over how long load is averaged before shards follow it, in seconds; 0: they do not.
     pub load_seconds: u64,
     /// How one of several nodes is picked.
     pub strategy: Strategy,
+}
+
+/// `[cache]`
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cache {
+    /// By how much a time to live is shortened at random, in percent.
+    pub jitter_percent: u64,
+    /// How long it is remembered that there is nothing, in seconds.
+    pub negative_seconds: u64,
+    /// `[cache.ttl]`
+    pub ttl: CacheTtl,
+    /// `[cache.stale]`
+    pub stale: CacheStale,
+}
+
+/// `[cache.ttl]`: how long each data type is fresh, in seconds; 0: it is not held.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CacheTtl {
+    /// States, for readers that do not mind.
+    pub state: u64,
+    /// Profiles of instances.
+    pub profile: u64,
+    /// Who a caller is and what they may.
+    pub auth: u64,
+    /// Prompts, in memory only.
+    pub prompt: u64,
+    /// Results of recall.
+    pub recall: u64,
+    /// Embeddings.
+    pub embedding: u64,
+    /// Answers of models.
+    pub answer: u64,
+    /// Results of tools that allow it.
+    pub tool: u64,
+}
+
+/// `[cache.stale]`: for how long a data type is served beyond that while a fresh value is loaded, in seconds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CacheStale {
+    /// Profiles of instances.
+    pub profile: u64,
+    /// Prompts.
+    pub prompt: u64,
+    /// Results of tools.
+    pub tool: u64,
+}
+
+/// As in `config/default.toml`.
+impl Default for Cache {
+    fn default() -> Self {
+        Self { jitter_percent: 10, negative_seconds: 10, ttl: CacheTtl::default(), stale: CacheStale::default() }
+    }
+}
+
+/// As in `config/default.toml`.
+impl Default for CacheTtl {
+    fn default() -> Self {
+        Self {
+            state: 30,
+            profile: 3600,
+            auth: 300,
+            prompt: 86_400,
+            recall: 3600,
+            embedding: 604_800,
+            answer: 86_400,
+            tool: 300,
+        }
+    }
+}
+
+/// As in `config/default.toml`.
+impl Default for CacheStale {
+    fn default() -> Self {
+        Self { profile: 0, prompt: 3600, tool: 60 }
+    }
 }
 
 /// `[instances]`
@@ -566,6 +650,10 @@ pub struct Faults {
     pub dedupe_off: bool,
     /// Write for shards that others took, and never notice that they did: the negative control of the cluster tests.
     pub fence_off: bool,
+    /// Nodes do not hear which states are stale.
+    pub drop_invalidations: bool,
+    /// Cached states are served whoever changed them meanwhile: the negative control of the cache's tests.
+    pub cache_blind: bool,
     /// How busy the node says it is, in thousandths, in place of how busy it is.
     pub busy_permille: Option<u32>,
     /// The version of the cluster's protocol that the node claims to speak, and no other.

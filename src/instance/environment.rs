@@ -14,7 +14,7 @@ use crate::{
     config::{self, Config, MqttMode},
     memory::Memory,
     runtime::clock::Clock,
-    scaling::cache::StateCache,
+    scaling::cache::{Options, States, TieredCache},
     store::Store,
     telemetry::metric,
     types::{Profile, Stimulus},
@@ -30,8 +30,10 @@ pub struct Environment {
     pub memory: Memory,
     /// Watches.
     pub hub: Hub,
+    /// What is held of what is dear to load or to make.
+    pub cache: TieredCache,
     /// Committed states, for readers.
-    pub states: StateCache,
+    pub states: States,
     /// Profiles made ready.
     pub minds: Minds,
     /// The mind of instances without a profile of their own.
@@ -63,12 +65,14 @@ impl Environment {
         let engines = Engines::new(&config.cognition).map_err(|error| Error::Invalid(error.to_string()))?;
         let minds = Minds::new(engines);
         let default_mind = minds.of(&Arc::new(Profile::default()))?;
+        let cache = TieredCache::new(Options::of(config, clock.clone()));
         Ok(Self {
             memory: Memory::new(&config.memory, store.clone(), clock.clone()),
             store,
             clock,
             hub: Hub::default(),
-            states: StateCache::new(config.scaling.cache_l1_size_mb as u64 * 1024 * 1024),
+            states: States::new(cache.clone(), config.faults.cache_blind),
+            cache,
             minds,
             default_mind,
             twin: config.mqtt.mode != MqttMode::Off,

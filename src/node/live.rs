@@ -17,6 +17,7 @@ use crate::{
     },
     instance::environment::Environment,
     runtime::clock::Clock,
+    scaling::cache::Sizes,
     telemetry::{log, metric},
 };
 
@@ -51,6 +52,9 @@ const READERS: &[(&str, Tell)] = &[
     ("scaling.max_consciousness_instances", |parts, config| {
         parts.environment.limits.set_max_active(config.scaling.max_consciousness_instances);
     }),
+    ("scaling.cache_l1_size_mb", resize),
+    ("scaling.cache_l2_size_mb", resize),
+    ("scaling.cache_l3_size_mb", resize),
     ("instances.idle_passivate_seconds", |parts, config| {
         parts.environment.limits.set_idle(Duration::from_secs(config.instances.idle_passivate_seconds));
     }),
@@ -67,6 +71,11 @@ const READERS: &[(&str, Tell)] = &[
         }
     }),
 ];
+
+/// All three at once; a tier whose size is as before does nothing.
+fn resize(parts: &Parts, config: &Config) {
+    parts.environment.cache.resize(Sizes::of(&config.scaling));
+}
 
 /// How often the store is searched for what waits.
 pub(super) fn scan_period(config: &Config) -> Duration {

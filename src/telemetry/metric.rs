@@ -111,8 +111,30 @@ metrics! {
     MQTT_ACKS = Counter "sophont_mqtt_acks_total";
     /// MQTT messages dropped, by reason.
     MQTT_DROPPED = Counter "sophont_mqtt_dropped_total";
-    /// Read cache, by tier and result (`hit`, `miss`).
+    /// Reads of the cache, by tier, type and result: `hit`, `validated` (the owner said that nothing is newer), `stale` (no longer fresh, and served), `miss`.
     CACHE_READS = Counter "sophont_cache_reads_total";
+    /// Entries that had to leave a tier of the cache for lack of room, by tier and type.
+    CACHE_EVICTIONS = Counter "sophont_cache_evictions_total";
+    /// Reads that waited for a load of the same key that was under way, by type.
+    CACHE_WAITS = Counter "sophont_cache_waits_total";
+    /// Values loaded from where they come from, because no tier had them, by type.
+    CACHE_LOADS = Counter "sophont_cache_loads_total";
+    /// Time of such a load in seconds, by type.
+    CACHE_LOAD_SECONDS = Histogram "sophont_cache_load_seconds";
+    /// Bytes that a tier of the cache holds, with what they cost beside the values.
+    CACHE_BYTES = Gauge "sophont_cache_held_bytes";
+    /// Entries that a tier of the cache holds.
+    CACHE_ENTRIES = Gauge "sophont_cache_held_entries";
+    /// Bytes that a tier of the cache may hold.
+    CACHE_LIMIT = Gauge "sophont_cache_limit_bytes";
+    /// Whether a tier of the cache answers: 1, or 0 while it is left alone after a failure or is not there.
+    CACHE_UP = Gauge "sophont_cache_tier_up";
+    /// Reads and writes that passed a tier over because it is down or has too much to do, by tier.
+    CACHE_SKIPPED = Counter "sophont_cache_skipped_total";
+    /// What owners answered about states that other nodes hold or want, by result (`same`, `newer`, `gone`, or `store`: no answer in time, read there).
+    CACHE_OWNER_ANSWERS = Counter "sophont_cache_owner_answers_total";
+    /// States told as stale, by way (`sent` to other nodes, `heard` from them).
+    CACHE_INVALIDATIONS = Counter "sophont_cache_invalidations_total";
     /// Whether the bus between nodes works: 1 or 0.
     BUS_UP = Gauge "sophont_cluster_bus_up";
     /// Messages that wait to be sent to other nodes.

@@ -31,12 +31,23 @@ pub struct StateSnapshot {
     pub doc: RawJson,
     /// What a door sends for it; no part of the value.
     body: OnceLock<Bytes>,
+    /// A hash of the text; no part of the value.
+    digest: OnceLock<u64>,
 }
 
 impl StateSnapshot {
     /// Puts the parts together.
     pub fn new(version: u64, turn: u64, doc: RawJson) -> Self {
-        Self { version, turn, doc, body: OnceLock::new() }
+        Self { version, turn, doc, body: OnceLock::new(), digest: OnceLock::new() }
+    }
+
+    /// A hash of the text that is the same on every node: with the version it tells this state from all others of the
+    /// instance, also from those of an earlier one of its name.
+    pub fn digest(&self) -> u64 {
+        *self.digest.get_or_init(|| {
+            let hash = blake3::hash(self.doc.get().as_bytes());
+            hash.as_bytes().first_chunk::<8>().map_or(0, |bytes| u64::from_le_bytes(*bytes))
+        })
     }
 
     /// The body a door sends for this state: rendered by whoever asks first, then shared by all readers.

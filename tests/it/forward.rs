@@ -200,7 +200,7 @@ impl Node {
                 heard.lock().unwrap().push((from, message));
             }
         };
-        let local = Local::new(shards.clone(), environment, Box::new(hear));
+        let local = Local::new(shards.clone(), environment, Box::new(move |from, _, message| hear(from, message)));
         forwarder.serve(inlet, Arc::new(local), &drain);
         Self { id, table, shards, forwarder, drain, arbiters, news, hub, watches }
     }

@@ -9,6 +9,7 @@ mod support;
 mod activation;
 mod attention;
 mod bus;
+mod cache;
 mod check_history;
 mod cli;
 mod cluster;

@@ -26,12 +26,15 @@ const ROWS: &[&[&str]] = &[
 /// Crates, and the paths below `src/` that may name them: a folder, or a module's file.
 const DOORS: &[(&[&str], &[&str])] = &[
     (&["actix_web", "actix_ws", "actix_http", "actix_service", "utoipa_swagger_ui"], &["gateway/http"]),
-    (&["actix", "actix_rt"], &["instance/actor", "cluster/shard", "cluster/shards", "cluster/balancer", "node"]),
-    (&["rusqlite"], &["store/sqlite"]),
+    (
+        &["actix", "actix_rt"],
+        &["instance/actor", "cluster/shard", "cluster/shards", "cluster/balancer", "scaling/cache/actors", "node"],
+    ),
+    (&["rusqlite"], &["store/sqlite", "scaling/cache/shelf"]),
     (&["refinery"], &["store/sqlite", "store/postgres"]),
     (&["tokio_postgres", "deadpool_postgres", "tokio_postgres_rustls"], &["store/postgres"]),
     (&["rmqtt_codec", "rumqttc"], &["gateway/mqtt"]),
-    (&["redis"], &["cluster/bus/redis"]),
+    (&["redis"], &["cluster/bus/redis", "scaling/cache/link"]),
     (&["cel"], &["cognition"]),
     (&["reqwest"], &["cognition", "delivery", "cli"]),
     (&["clap", "indicatif", "rustyline", "hdrhistogram"], &["cli"]),

@@ -23,6 +23,10 @@ pub enum Scenario {
     Attention,
     /// First start to serving; a clean stop under load, with nothing lost.
     StartStop,
+    /// Reads and writes of states by Zipf's law: shares of the cache's tiers, and that no read is stale.
+    Cache,
+    /// Memory of a cache while values of all sizes come and go, and after it was made smaller.
+    CacheMemory,
 }
 
 impl Scenario {
@@ -37,6 +41,8 @@ impl Scenario {
             Scenario::Mixed => "mixed",
             Scenario::Attention => "attention",
             Scenario::StartStop => "start-stop",
+            Scenario::Cache => "cache",
+            Scenario::CacheMemory => "cache-memory",
         }
     }
 
@@ -45,6 +51,7 @@ impl Scenario {
         match self {
             Scenario::PostDurable => 100_000,
             Scenario::ReadState | Scenario::MqttQos1 | Scenario::Mixed | Scenario::StartStop => 10_000,
+            Scenario::Cache | Scenario::CacheMemory => 20_000,
             Scenario::Activation => 50_000,
             Scenario::Attention => 1,
             Scenario::IdleMemory => 200_000,
@@ -204,6 +211,12 @@ pub struct Args {
     /// Compare with a report written earlier.
     #[arg(long, value_name = "FILE")]
     pub compare: Option<PathBuf>,
+    /// Size of the first tier in cache and cache-memory, in MiB; that of a running server stays as it is.
+    #[arg(long, value_name = "MIB", default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=65_536))]
+    pub cache_mb: u64,
+    /// In cache: the started server does not hear which states are stale. Needs a build with the feature `faults`.
+    #[arg(long, conflicts_with = "url")]
+    pub drop_invalidations: bool,
     /// Be the bare server that answers with so many bytes; used by --ceiling.
     #[arg(long, value_name = "BYTES", hide = true)]
     pub serve_ceiling: Option<usize>,

@@ -89,7 +89,8 @@ pub struct Address {
 }
 
 impl Address {
-    fn request(&self, method: &str, path_end: &str, body: &Template) -> Template {
+    /// A request about an instance.
+    pub fn request(&self, method: &str, path_end: &str, body: &Template) -> Template {
         let path = Template::default().text("/v1/instances/").text(PREFIX).slot(Slot::Instance).text(path_end);
         let headers = self.token.as_ref().map_or(String::new(), |token| format!("authorization: Bearer {token}\r\n"));
         request(method, &path, self.host, &headers, body)
@@ -186,9 +187,13 @@ impl Repeat {
 
     /// PATCHes a reported state of about `size` bytes.
     pub fn patch_state(address: &Address, size: usize, choice: Choice) -> Self {
+        Self { request: Self::patch_template(address, size), choice }
+    }
+
+    /// The request of such a PATCH.
+    pub fn patch_template(address: &Address, size: usize) -> Template {
         let body = Template::default().text("{\"reported\":{\"n\":1").slot(Slot::Seq);
-        let body = pad(body, size, "}}");
-        Self { request: address.request("PATCH", "/state", &body), choice }
+        address.request("PATCH", "/state", &pad(body, size, "}}"))
     }
 
     /// PUTs profiles.

@@ -114,7 +114,7 @@ pub fn run(args: &Args) -> Result<ExitCode, Error> {
         let text = serde_json::to_vec_pretty(&report).map_err(|e| Error::io("writing the report", e.into()))?;
         std::fs::write(path, text).map_err(|e| Error::io(format!("writing {}", path.display()), e))?;
     }
-    let clean = report.verdict.as_ref().is_none_or(Verdict::is_clean);
+    let clean = report.verdict.as_ref().is_none_or(Verdict::is_clean) && report.stale_reads.unwrap_or(0) == 0;
     Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 

@@ -68,6 +68,9 @@ pub struct Report {
     /// What the history checker found, when asked.
     #[serde(default, skip_serializing_if = "Option::is_none", skip_deserializing)]
     pub verdict: Option<Verdict>,
+    /// Reads that were older than what had been acknowledged before they began, where that was looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stale_reads: Option<u64>,
     /// Whether the run was cut short.
     pub interrupted: bool,
 }
@@ -219,6 +222,7 @@ mod tests {
             rows: rows(&runs),
             notes: vec!["a note".into()],
             verdict: None,
+            stale_reads: None,
             interrupted: false,
         }
     }

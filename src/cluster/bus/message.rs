@@ -43,6 +43,10 @@ pub enum Message {
     Report(Load),
     /// The sender cannot read what the receiver sent it. Since protocol 2.
     Unread(Unread),
+    /// Whether what the sender holds of these states is the newest. Since protocol 3.
+    Check(Check),
+    /// The answer to a [`Check`]. Since protocol 3.
+    Checked(Checked),
 }
 
 /// A batch of one sender's stimuli for one instance, in order.
@@ -419,17 +423,78 @@ pub struct Unread {
     pub reads: Protocol,
 }
 
+/// Questions about states that the receiver owns.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Check {
+    /// What [`Checked::call`] repeats.
+    pub call: u64,
+    /// The sender waits so long from sending on, in milliseconds.
+    pub within_ms: u32,
+    /// Which.
+    pub items: Vec<Copy>,
+}
+
+/// A state that the sender wants to serve.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Copy {
+    /// Whose.
+    pub key: InstanceKey,
+    /// What the sender holds.
+    pub held: Option<Print>,
+}
+
+/// What tells one state of an instance from all others.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Print {
+    /// Its version, which begins anew when an instance is forgotten.
+    pub version: u64,
+    /// A hash of its text.
+    pub digest: u64,
+}
+
+/// How copies stand.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checked {
+    /// Which call.
+    pub call: u64,
+    /// In the order they were asked about.
+    pub items: Vec<Stands>,
+}
+
+/// How a copy stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stands {
+    /// It is the newest.
+    Same,
+    /// This is.
+    Newer {
+        /// Version.
+        version: u64,
+        /// The instance's last turn.
+        turn: u64,
+        /// The state.
+        doc: RawJson,
+    },
+    /// There is no such instance.
+    Gone,
+    /// The receiver does not own it.
+    NotMine,
+    /// Read it in the store.
+    InStore,
+}
+
 impl Message {
     /// The version of the protocol since which this is said. Whoever speaks an older one is not told.
     pub const fn since(&self) -> u8 {
         match self {
             Message::Report(_) | Message::Unread(_) => 2,
+            Message::Check(_) | Message::Checked(_) => 3,
             _ => 1,
         }
     }
 
     /// The names of the kinds, for figures and logs.
-    pub const KINDS: [&str; 12] = [
+    pub const KINDS: [&str; 14] = [
         "work",
         "results",
         "ask",
@@ -442,6 +507,8 @@ impl Message {
         "relay",
         "report",
         "unread",
+        "check",
+        "checked",
     ];
 
     /// Which of [`Message::KINDS`] it is.
@@ -459,6 +526,8 @@ impl Message {
             Message::Relay(_) => 9,
             Message::Report(_) => 10,
             Message::Unread(_) => 11,
+            Message::Check(_) => 12,
+            Message::Checked(_) => 13,
         }
     }
 
@@ -542,6 +611,8 @@ pub(crate) fn samples() -> Vec<Message> {
     ];
     let outcomes = outcomes.into_iter().chain(refusals.into_iter().map(Outcome::Refused));
     let each = outcomes.enumerate().map(|(at, outcome)| (at as u16, outcome)).collect();
+    let print = Print { version: 3, digest: 4 };
+    let newer = Stands::Newer { version: 5, turn: 6, doc: RawJson::parse("{\"desired\":{}}").unwrap() };
     let ask = |what| Message::Ask(Ask { call: 2, key: key.clone(), within_ms: 500, what });
     let answer = |what| Message::Answer(Answer { call: 2, what });
     vec![
@@ -572,6 +643,15 @@ pub(crate) fn samples() -> Vec<Message> {
         ]),
         Message::Load(Load { busy_permille: 420, instances: 1000, in_hand: 3 }),
         Message::Watch(Watch { key: key.clone(), for_ms: 30_000 }),
+        Message::Check(Check {
+            call: 7,
+            within_ms: 900,
+            items: [None, Some(print)].map(|held| Copy { key: key.clone(), held }).into(),
+        }),
+        Message::Checked(Checked {
+            call: 7,
+            items: vec![Stands::Same, newer, Stands::Gone, Stands::NotMine, Stands::InStore],
+        }),
         Message::Events(Events {
             key,
             draft: Some(Draft { stimulus: id.clone(), tokens: vec!["Hel".into(), "lo".into()] }),

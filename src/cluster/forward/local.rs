@@ -25,19 +25,29 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What is told of messages that are neither work nor questions.
-pub type News = Box<dyn Fn(NodeId, Message) + Send + Sync>;
+pub type News = Box<dyn Fn(NodeId, u64, Message) + Send + Sync>;
+/// What is told of messages that may never have arrived.
+type Lost = Box<dyn Fn(Option<&NodeId>) + Send + Sync>;
 
 /// The instances of this node.
 pub struct Local {
     shards: Shards,
     environment: Arc<Environment>,
     news: News,
+    lost: Lost,
 }
 
 impl Local {
     /// Those of the shards; `news` takes the messages that are not for an instance, and must not block.
     pub fn new(shards: Shards, environment: Arc<Environment>, news: News) -> Self {
-        Self { shards, environment, news }
+        Self { shards, environment, news, lost: Box::new(|_| ()) }
+    }
+
+    /// Who asked other nodes something of their own is told here what may never have arrived. Must not block.
+    #[must_use]
+    pub fn on_lost(mut self, lost: impl Fn(Option<&NodeId>) + Send + Sync + 'static) -> Self {
+        self.lost = Box::new(lost);
+        self
     }
 
     async fn told<T>(
@@ -93,7 +103,11 @@ impl Here for Local {
         }
     }
 
-    fn hear(&self, from: NodeId, message: Message) {
-        (self.news)(from, message);
+    fn hear(&self, from: NodeId, age_ms: u64, message: Message) {
+        (self.news)(from, age_ms, message);
+    }
+
+    fn lost(&self, to: Option<&NodeId>) {
+        (self.lost)(to);
     }
 }

@@ -94,7 +94,9 @@ pub trait Here: Send + Sync + 'static {
     /// Why it is refused; [`Error::Fenced`] when the shard is not here.
     async fn ask(&self, key: &InstanceKey, question: Question) -> Result<Told, Error>;
     /// Takes a message that is neither work nor a question: invalidations, load reports, watches and events, relays.
-    fn hear(&self, from: NodeId, message: Message);
+    fn hear(&self, from: NodeId, age_ms: u64, message: Message);
+    /// What was sent to a node, or to any, and is not answered may never have arrived.
+    fn lost(&self, to: Option<&NodeId>);
 }
 
 /// What forwarding stands on.
@@ -391,6 +393,9 @@ impl Forwarder {
                 Inbound::Lost { to } => {
                     self.on_all(|lanes, now, out| lanes.lost(to.as_ref(), now, out));
                     self.0.questions.lost(to.as_ref());
+                    if let Some(here) = self.0.here.get() {
+                        here.lost(to.as_ref());
+                    }
                 }
                 Inbound::Message { from, age_ms, message } => self.hear(from, age_ms, message),
             }
@@ -415,7 +420,7 @@ impl Forwarder {
             }
             message => {
                 if let Some(here) = self.0.here.get() {
-                    here.hear(from, message);
+                    here.hear(from, age_ms, message);
                 }
             }
         }

@@ -45,6 +45,7 @@ use crate::{
 };
 
 mod admission;
+mod cache;
 pub mod ceiling;
 mod cluster;
 mod events;
@@ -292,6 +293,7 @@ impl Door {
             Call::RetryDeadLetter => instances::retry(&caller).await,
             Call::ClusterNodes => cluster::nodes(&caller).await,
             Call::ClusterShards => cluster::shards(&caller).await,
+            Call::InspectCache => cache::inspect(&caller).await,
             Call::DrainNode => cluster::drain(&caller).await,
             Call::Metrics => Ok(pages::metrics(shared)),
             Call::Live | Call::Ready | Call::OpenApi | Call::Docs | Call::Start => Err(Refusal::Path.into()),

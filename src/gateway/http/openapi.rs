@@ -14,6 +14,7 @@ use utoipa::{
 };
 
 use super::{
+    cache::CachedView,
     cluster::{DrainView, NodeView, ShardView},
     memory::document,
     problem::ProblemView,
@@ -36,6 +37,7 @@ use crate::types::Profile;
         list_instances, put_instance, get_instance, delete_instance, post_stimulus, get_stimulus, get_turns, get_events,
         get_state, patch_state, document::post_episode, document::post_episodes, document::recall, document::prune,
         document::forget, document::memory_stats, document::export_memory, document::import_memory, get_dead_letters, retry_dead_letter, cluster_nodes, cluster_shards, drain_node,
+        inspect_cache,
         live, ready, metrics, openapi, docs, start
     ),
     components(schemas(ProblemView)),
@@ -329,6 +331,13 @@ fn cluster_shards() {}
     responses((status = 202, description = "It was asked to", body = DrainView)))]
 #[allow(dead_code)]
 fn drain_node() {}
+
+/// See what each tier of this node's cache holds under a key, in the tenant of the caller.
+#[utoipa::path(get, path = "/v1/cache", tag = "node",
+    params(("key" = String, Query, description = "`TYPE/ID`, such as `state/lamp`")),
+    responses((status = 200, description = "What there is, the nearest tier first", body = Page<CachedView>)))]
+#[allow(dead_code)]
+fn inspect_cache() {}
 
 /// This document.
 #[utoipa::path(get, path = "/openapi.json", tag = "node",

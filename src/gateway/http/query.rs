@@ -21,18 +21,20 @@ pub struct Query {
     pub label: Option<(String, String)>,
     /// Where a stimulus is.
     pub instance: Option<InstanceId>,
-    /// Whether only the owner may answer. One node owns everything, so both values mean the same there.
+    /// Whether what is answered may be a little old.
     pub consistency: Option<Consistency>,
     /// Whether turns tell their epochs.
     pub epochs: bool,
+    /// A key of the cache.
+    pub key: Option<String>,
 }
 
-/// Who may answer a read.
+/// How old the answer of a read may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Consistency {
-    /// The owner.
+    /// Not older than what was acknowledged before.
     Strong,
-    /// Any node.
+    /// As old as `cache.ttl.state`, at a node that does not own the instance.
     Eventual,
 }
 
@@ -61,6 +63,7 @@ impl Query {
                 "instance" => {
                     query.instance = Some(InstanceId::new(&*value).map_err(|error| refuse(&error.to_string()))?);
                 }
+                "key" => query.key = Some(value.into_owned()),
                 "epochs" => {
                     query.epochs = value.parse().map_err(|_| refuse("is true or false"))?;
                 }

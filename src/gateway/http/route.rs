@@ -34,6 +34,7 @@ pub enum Call {
     ClusterNodes,
     ClusterShards,
     DrainNode,
+    InspectCache,
     Live,
     Ready,
     Metrics,
@@ -58,7 +59,7 @@ const fn row(call: Call, method: &'static str, path: &'static str) -> Row {
 }
 
 /// All calls, in the order of [`Call`].
-pub const CALLS: [Row; 29] = [
+pub const CALLS: [Row; 30] = [
     row(Call::ListInstances, "GET", "/v1/instances"),
     row(Call::PutInstance, "PUT", "/v1/instances/{id}"),
     row(Call::GetInstance, "GET", "/v1/instances/{id}"),
@@ -82,6 +83,7 @@ pub const CALLS: [Row; 29] = [
     row(Call::ClusterNodes, "GET", "/v1/cluster/nodes"),
     row(Call::ClusterShards, "GET", "/v1/cluster/shards"),
     row(Call::DrainNode, "POST", "/v1/cluster/nodes/{node}/drain"),
+    row(Call::InspectCache, "GET", "/v1/cache"),
     row(Call::Live, "GET", "/health/live"),
     row(Call::Ready, "GET", "/health/ready"),
     row(Call::Metrics, "GET", "/metrics"),
@@ -100,7 +102,9 @@ impl Call {
     pub const fn scope(self) -> Option<Scope> {
         match self {
             Call::Live | Call::Ready | Call::OpenApi | Call::Docs | Call::Start => None,
-            Call::Metrics | Call::ClusterNodes | Call::ClusterShards | Call::DrainNode => Some(Scope::Admin),
+            Call::Metrics | Call::ClusterNodes | Call::ClusterShards | Call::DrainNode | Call::InspectCache => {
+                Some(Scope::Admin)
+            }
             Call::ListInstances
             | Call::GetInstance
             | Call::GetStimulus
@@ -204,6 +208,7 @@ fn template(path: &str) -> Option<(&'static str, &str, &str)> {
         ["v1", "cluster", "nodes"] => ("/v1/cluster/nodes", "", ""),
         ["v1", "cluster", "shards"] => ("/v1/cluster/shards", "", ""),
         ["v1", "cluster", "nodes", node, "drain"] => ("/v1/cluster/nodes/{node}/drain", node, ""),
+        ["v1", "cache"] => ("/v1/cache", "", ""),
         ["v1", "stimuli", sid] => ("/v1/stimuli/{sid}", "", sid),
         ["health", "live"] => ("/health/live", "", ""),
         ["health", "ready"] => ("/health/ready", "", ""),

@@ -16,6 +16,7 @@ use serde_json::value::RawValue;
 use super::{
     Caller, admission, json_body,
     problem::{Problem, Refusal},
+    query::Consistency,
     respond, view, wire,
 };
 use crate::{
@@ -29,8 +30,12 @@ use crate::{
 /// [`Problem`] when there is no such instance.
 pub async fn get(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
     let key = caller.instance()?;
-    caller.query(&["consistency"])?;
-    let state = caller.shared.router.state(&key).await?.ok_or(Refusal::NoInstance)?;
+    let router = &caller.shared.router;
+    let state = match caller.query(&["consistency"])?.consistency {
+        Some(Consistency::Eventual) => router.state_eventual(&key).await?,
+        Some(Consistency::Strong) | None => router.state(&key).await?,
+    };
+    let state = state.ok_or(Refusal::NoInstance)?;
     if has_current(caller.request.headers(), state.version) {
         let mut response = HttpResponse::with_body(StatusCode::NOT_MODIFIED, BoxBody::new(()));
         response.headers_mut().insert(header::ETAG, etag(state.version));

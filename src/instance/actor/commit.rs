@@ -143,6 +143,7 @@ impl InstanceActor {
             }
             Out::Accept(ids) => {
                 self.kept.exists = true;
+                self.environment.states.touch(&self.key);
                 let hub = self.environment.hub.clone();
                 for id in ids {
                     if let Some(waiting) = self.agenda().inbox.find(&id) {
@@ -168,6 +169,7 @@ impl InstanceActor {
             Out::Control(Control::Profile(mind, answer)) => {
                 self.kept.exists = true;
                 self.mind = Some(mind);
+                self.environment.states.touch(&self.key);
                 self.environment.hub.publish(&self.key, || Event::Profile);
                 drop(answer.send(Ok(committed.created)));
             }
@@ -214,9 +216,9 @@ impl InstanceActor {
     pub(super) fn refresh_cache(&mut self) {
         let State::Open(state) = &self.kept.state else { return };
         let (version, turn) = (self.kept.version, self.kept.head.turn);
-        self.environment
-            .states
-            .refresh(&self.key, version, || StateSnapshot::new(version, turn, turn::text_of_state(state)));
+        self.environment.states.refresh(&self.key, self.kept.tenure.epoch, version, || {
+            StateSnapshot::new(version, turn, turn::text_of_state(state))
+        });
     }
 
     /// A stimulus of the unit was known: its sender gets what became of the first, the others are decided again.

@@ -30,6 +30,8 @@ use super::{
 
 mod activation;
 mod attention;
+mod cache;
+mod cache_memory;
 mod ceiling;
 mod idle_memory;
 mod start_stop;
@@ -49,6 +51,7 @@ struct Bench<'a> {
     runs: Vec<Vec<Figure>>,
     notes: Vec<String>,
     settings: Vec<(String, String)>,
+    stale_reads: Option<u64>,
 }
 
 /// The server in front of the scenario.
@@ -81,13 +84,15 @@ pub async fn run(args: &Args, stop: Arc<AtomicBool>) -> Result<Report, Error> {
         ("duration".into(), format!("{:?}", args.duration)),
         ("warm-up".into(), format!("{:?}", args.warmup)),
     ];
-    let mut bench = Bench { args, stop, runs: Vec::new(), notes: Vec::new(), settings };
+    let mut bench = Bench { args, stop, runs: Vec::new(), notes: Vec::new(), settings, stale_reads: None };
     let (verdict, machine) = match args.scenario {
         Scenario::PostDurable | Scenario::ReadState | Scenario::MqttQos1 | Scenario::Mixed => bench.steady().await?,
         Scenario::Activation => (None, bench.activation().await?),
         Scenario::IdleMemory => (None, bench.idle_memory().await?),
         Scenario::Attention => (None, bench.attention().await?),
         Scenario::StartStop => bench.start_stop().await?,
+        Scenario::Cache => (None, bench.cache().await?),
+        Scenario::CacheMemory => (None, bench.cache_memory().await?),
     };
     Ok(Report {
         scenario: args.scenario.name().into(),
@@ -99,6 +104,7 @@ pub async fn run(args: &Args, stop: Arc<AtomicBool>) -> Result<Report, Error> {
         rows: rows(&bench.runs),
         notes: bench.notes,
         verdict,
+        stale_reads: bench.stale_reads,
         interrupted: bench.stop.load(Ordering::Relaxed),
     })
 }
@@ -115,7 +121,7 @@ impl Bench<'_> {
     fn generator(&self) -> String {
         let args = self.args;
         match (args.scenario, args.rate) {
-            (Scenario::Activation | Scenario::IdleMemory, _) => "closed loop".into(),
+            (Scenario::Activation | Scenario::IdleMemory | Scenario::CacheMemory, _) => "closed loop".into(),
             (Scenario::Attention, _) => {
                 "open loop, uniform arrivals of the person, Poisson arrivals of the streams".into()
             }
@@ -183,7 +189,15 @@ impl Bench<'_> {
             return Ok(Target { server: None, folder: None, http, nodes, mqtt, processes });
         }
         let folder = self.folder()?;
-        let server = self.recipe(folder.path(), "data", &[])?.start().await?;
+        let size = format!("scaling.cache_l1_size_mb={}", self.args.cache_mb);
+        let mut sets: Vec<&str> = Vec::new();
+        if self.args.scenario == Scenario::Cache {
+            sets.push(&size);
+        }
+        if self.args.drop_invalidations {
+            sets.push("faults.drop_invalidations=true");
+        }
+        let server = self.recipe(folder.path(), "data", &sets)?.start().await?;
         let (http, processes) = (server.http, vec![server.group()]);
         let mqtt = vec![server.mqtt.unwrap_or(http)];
         Ok(Target { server: Some(server), folder: Some(folder), http, nodes: vec![http], mqtt, processes })
