@@ -230,6 +230,12 @@ impl Memory {
         }
     }
 
+    /// The vector of a text by the built-in embedder, all zero for a text without words; `None` when it is switched off.
+    pub fn embed(&self, text: &str) -> Option<Vec<f32>> {
+        let nothing = || vec![0.0; lexical::DIMENSION];
+        self.lexical.then(|| lexical::embed(text).map_or_else(nothing, |vector| vector.numbers().collect()))
+    }
+
     fn ready(&self, ask: Ask) -> Asked {
         let text = ask.query.as_deref().unwrap_or_default();
         let mut words = ask::meaning(text);

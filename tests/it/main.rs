@@ -29,6 +29,7 @@ mod memory_contract;
 mod mqtt;
 mod mqtt_cluster;
 mod mqtt_external;
+mod openai;
 mod overload;
 mod ownership_contract;
 mod panic;

@@ -4,7 +4,7 @@
 //! `outside.rs` has the model and the tools, which write down how often they were called. Not here: what stores do with steps
 //! (`store_steps.rs`), how a model's answers are read (`thinking.rs`).
 
-mod outside;
+pub mod outside;
 
 use std::{
     collections::HashSet,

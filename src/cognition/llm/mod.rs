@@ -30,6 +30,7 @@ use std::{
 use async_trait::async_trait;
 use backon::{BackoffBuilder, ExponentialBuilder};
 use secrecy::SecretString;
+use serde_json::{Map, Value};
 use tokio::time::{sleep, timeout_at};
 
 use self::{
@@ -164,14 +165,9 @@ impl Engine for Llm {
             let told = course.asked().map_or_else(|| context::told(&question, room), <[Message]>::to_vec);
             let messages = context::fit([told.clone(), course.messages()].concat(), room);
             let utterance = Utterance::new(progress, course.has_spoken());
-            let ask = Ask {
-                who: &question.key,
-                model,
-                messages: &messages,
-                tools: &tools,
-                max_tokens: provider.max_tokens,
-                options: &chat.options,
-            };
+            let (max_tokens, options) = provider.options(&chat, &course, &tools);
+            let ask =
+                Ask { who: &question.key, model, messages: &messages, tools: &tools, max_tokens, options: &options };
             let Answer { text, calls, usage } = provider.ask(ask, course.left(), &utterance).await?;
             // A model that calls what it was not offered has said its last word.
             let calls = if tools.is_empty() { Vec::new() } else { calls };
@@ -248,6 +244,22 @@ impl Provider {
             context_tokens: config.context_tokens,
             name,
         })
+    }
+
+    /// What a request may say to the server, and its own limit of an answer if that is stricter. Which tool to call is said
+    /// once: said again, the turn would not end.
+    fn options(&self, chat: &Chat, course: &Course<'_>, tools: &[Tool]) -> (u32, Map<String, Value>) {
+        let mut options = chat.options.clone();
+        let limits = ["max_tokens", "max_completion_tokens"].map(|name| options.remove(name));
+        let asked = limits.iter().flatten().filter_map(Value::as_u64).min();
+        let asked = asked.and_then(|asked| u32::try_from(asked).ok()).unwrap_or(u32::MAX);
+        if tools.is_empty() {
+            options.remove("parallel_tool_calls");
+        }
+        if tools.is_empty() || course.answers() > 0 {
+            options.remove("tool_choice");
+        }
+        (self.max_tokens.min(asked.max(1)), options)
     }
 
     /// How many tokens of messages fit into the model's window beside the tools and the answer.

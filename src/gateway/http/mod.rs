@@ -2,7 +2,7 @@
 //!
 //! Owns: the listener's threads, the straight line of one request (id, route, caller, call, metrics) and [`Parts`], what a
 //! node hands in. The parts of that line: `route.rs` (which call), `admission.rs` (who and how much), `wire.rs` and `view.rs` (JSON),
-//! `problem.rs` (errors), `stimuli.rs` `instances.rs` `state.rs` `memory.rs` `pages.rs` (calls), `follow.rs` `events.rs` `sse.rs`
+//! `problem.rs` (errors), `stimuli.rs` `instances.rs` `state.rs` `memory.rs` `pages.rs` `chat/` (calls), `follow.rs` `events.rs` `sse.rs`
 //! (streams), `line.rs` (patience with connections), `openapi.rs` (the document), `meters.rs`. Not here: how an instance decides, TLS (a proxy's work as yet).
 //!
 //! Invariants: every answer has `x-request-id`; every refusal after the head is parsed is a problem with a code; nothing is
@@ -47,6 +47,7 @@ use crate::{
 mod admission;
 mod cache;
 pub mod ceiling;
+mod chat;
 mod cluster;
 mod events;
 mod follow;
@@ -229,7 +230,11 @@ impl Door {
         };
         let mut response = match result {
             Ok(response) => response,
-            Err(problem) => self.with_elsewhere(problem, &request).answer(request.path(), id.to_str().unwrap_or("")),
+            Err(problem) => {
+                let problem = self.with_elsewhere(problem, &request);
+                let as_chat = call.is_some_and(Call::is_chat);
+                problem.answer(request.path(), id.to_str().unwrap_or(""), as_chat)
+            }
         };
         self.shared.meters.answered(call, response.status().as_u16(), began.elapsed());
         response.headers_mut().insert(REQUEST_ID, id);
@@ -291,6 +296,10 @@ impl Door {
             Call::ImportMemory => memory::transfer::import(&caller, payload).await,
             Call::GetDeadLetters => instances::dead_letters(&caller).await,
             Call::RetryDeadLetter => instances::retry(&caller).await,
+            Call::ChatCompletions => chat::complete(&caller, payload).await,
+            Call::Embeddings => chat::embeddings::post(&caller, payload).await,
+            Call::ListModels => chat::models(&caller).await,
+            Call::GetModel => chat::one_model(&caller).await,
             Call::ClusterNodes => cluster::nodes(&caller).await,
             Call::ClusterShards => cluster::shards(&caller).await,
             Call::InspectCache => cache::inspect(&caller).await,

@@ -15,6 +15,7 @@ use utoipa::{
 
 use super::{
     cache::CachedView,
+    chat::wire::{Completion, ModelView, Models},
     cluster::{DrainView, NodeView, ShardView},
     memory::document,
     problem::ProblemView,
@@ -36,11 +37,11 @@ use crate::types::Profile;
     paths(
         list_instances, put_instance, get_instance, delete_instance, post_stimulus, get_stimulus, get_turns, get_events,
         get_state, patch_state, document::post_episode, document::post_episodes, document::recall, document::prune,
-        document::forget, document::memory_stats, document::export_memory, document::import_memory, get_dead_letters, retry_dead_letter, cluster_nodes, cluster_shards, drain_node,
-        inspect_cache,
+        document::forget, document::memory_stats, document::export_memory, document::import_memory, get_dead_letters, retry_dead_letter,
+        chat_completions, embeddings, list_models, get_model, cluster_nodes, cluster_shards, drain_node, inspect_cache,
         live, ready, metrics, openapi, docs, start
     ),
-    components(schemas(ProblemView)),
+    components(schemas(ProblemView, ChatError)),
     modifiers(&Common),
     tags(
         (name = "instances", description = "Who there is"),
@@ -48,6 +49,7 @@ use crate::types::Profile;
         (name = "history", description = "What they decided"),
         (name = "state", description = "The twin: desired, reported, delta"),
         (name = "memory", description = "What they remember"),
+        (name = "chat", description = "The OpenAI chat protocol: an instance is a model"),
         (name = "cluster", description = "Nodes and shards, for operators"),
         (name = "node", description = "Health, metrics, documents")
     )
@@ -90,6 +92,7 @@ fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
 }
 
 fn describe(path: &str, operation: &mut Operation) {
+    let is_chat = ["/v1/chat/", "/v1/embeddings", "/v1/models"].iter().any(|begin| path.starts_with(begin));
     let mut errors = EVERYWHERE.to_vec();
     if path.starts_with("/v1/") || path == "/metrics" {
         errors.extend(WITH_CALLER);
@@ -103,13 +106,27 @@ fn describe(path: &str, operation: &mut Operation) {
         errors.extend(WITH_BODY);
     }
     for (status, description) in errors {
-        operation.responses.responses.entry(status.to_owned()).or_insert_with(|| problem(description));
+        let refusal = if is_chat { chat_error } else { problem };
+        operation.responses.responses.entry(status.to_owned()).or_insert_with(|| refusal(description));
     }
 }
 
 fn problem(description: &str) -> RefOr<utoipa::openapi::Response> {
     let content = Content::builder().schema(Some(Ref::from_schema_name("Problem"))).build();
     ResponseBuilder::new().description(description).content("application/problem+json", content).build().into()
+}
+
+/// A refusal in the form of the chat protocol: `{"error": {"message", "type", "param", "code"}}`.
+#[derive(utoipa::ToSchema)]
+#[allow(dead_code)] // describes what `chat` writes
+struct ChatError {
+    #[schema(value_type = Object)]
+    error: (),
+}
+
+fn chat_error(description: &str) -> RefOr<utoipa::openapi::Response> {
+    let content = Content::builder().schema(Some(Ref::from_schema_name("ChatError"))).build();
+    ResponseBuilder::new().description(description).content("application/json", content).build().into()
 }
 
 /// The document as JSON.
@@ -338,6 +355,51 @@ fn drain_node() {}
     responses((status = 200, description = "What there is, the nearest tier first", body = Page<CachedView>)))]
 #[allow(dead_code)]
 fn inspect_cache() {}
+
+/// Say something to an instance in the words of the OpenAI chat protocol. `model` is the instance; the last message becomes a
+/// stimulus of its channel `chat`, messages before it count only when the instance has no history. Fields of the model's server
+/// (`temperature`, `response_format`, ...) are passed on, others left alone. A call of a tool of `tools` ends the turn and comes
+/// back as `tool_calls`; its result comes in as a message of role `tool`.
+#[utoipa::path(post, path = "/v1/chat/completions", tag = "chat",
+    params(
+        ("Idempotency-Key" = Option<String>, Header, description = "The stimulus's id: a repeat gets the same answer"),
+        ("Last-Event-ID" = Option<String>, Header, description = "Where a stream broke off"),
+        ("traceparent" = Option<String>, Header, description = "W3C trace context")
+    ),
+    request_body(content = Object, content_type = "application/json",
+        example = json!({"model": "ada", "messages": [{"role": "user", "content": "hello"}]})),
+    responses(
+        (status = 200, description = "The answer, or with `stream` its chunks",
+            content((Completion = "application/json"), (String = "text/event-stream"))),
+        (status = 422, description = "Given up: it is in the dead letters", body = ChatError)
+    ))]
+#[allow(dead_code)]
+fn chat_completions() {}
+
+/// Vectors of texts by the node's own embedder. `input` is a text or a list of texts; `encoding_format` is `float` or `base64`.
+#[utoipa::path(post, path = "/v1/embeddings", tag = "chat",
+    request_body(content = Object, content_type = "application/json",
+        example = json!({"model": "lexical", "input": "the lamp in the hall"})),
+    responses((status = 200, description = "The vectors, in order", body = serde_json::Value)))]
+#[allow(dead_code)]
+fn embeddings() {}
+
+/// List instances as models.
+#[utoipa::path(get, path = "/v1/models", tag = "chat",
+    params(
+        ("after" = Option<String>, Query, description = "Behind this id"),
+        ("limit" = Option<u32>, Query, minimum = 1, maximum = 1000, description = "At most so many, 1000 if absent")
+    ),
+    responses((status = 200, description = "The models", body = Models)))]
+#[allow(dead_code)]
+fn list_models() {}
+
+/// Read an instance as a model.
+#[utoipa::path(get, path = "/v1/models/{id}", tag = "chat",
+    params(("id" = String, Path, description = "The instance")),
+    responses((status = 200, description = "The model", body = ModelView)))]
+#[allow(dead_code)]
+fn get_model() {}
 
 /// This document.
 #[utoipa::path(get, path = "/openapi.json", tag = "node",

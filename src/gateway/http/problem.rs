@@ -417,12 +417,26 @@ impl Problem {
         serde_json::to_vec(&view).unwrap_or_default()
     }
 
-    /// The whole answer.
-    pub fn answer(&self, path: &str, request_id: &str) -> HttpResponse {
+    /// The body in the form of the chat protocol.
+    pub fn refused(&self, path: &str, request_id: &str) -> serde_json::Value {
         let inner = &*self.0;
-        let mut response = HttpResponse::with_body(inner.status, BoxBody::new(self.body(path, request_id)));
+        let body: serde_json::Value = serde_json::from_slice(&self.body(path, request_id)).unwrap_or_default();
+        let text = |name: &str| body.get(name).and_then(serde_json::Value::as_str).unwrap_or_default().to_owned();
+        let message = [text("detail"), text("hint")].into_iter().filter(|part| !part.is_empty());
+        let message = message.collect::<Vec<_>>().join(": ");
+        super::chat::refused(inner.status.as_u16(), inner.code, &message)
+    }
+
+    /// The whole answer; `as_chat`: in the form of the chat protocol.
+    pub fn answer(&self, path: &str, request_id: &str, as_chat: bool) -> HttpResponse {
+        let inner = &*self.0;
+        let (kind, body) = match as_chat {
+            true => ("application/json", self.refused(path, request_id).to_string().into_bytes()),
+            false => ("application/problem+json", self.body(path, request_id)),
+        };
+        let mut response = HttpResponse::with_body(inner.status, BoxBody::new(body));
         let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
         if let Some(after) = inner.retry_after {
             headers.insert(header::RETRY_AFTER, HeaderValue::from(after.as_secs().max(1)));
@@ -455,7 +469,7 @@ mod tests {
         assert_eq!((&body["status"], &body["code"]), (&503.into(), &"INBOX_FULL".into()));
         assert_eq!((&body["instance"], &body["request_id"]), (&"/v1/x".into(), &"r1".into()));
         assert!(body["hint"].as_str().unwrap().contains("max_inbox"));
-        let answer = problem.answer("/v1/x", "r1");
+        let answer = problem.answer("/v1/x", "r1", false);
         assert_eq!(answer.headers().get("retry-after").unwrap(), "1");
         assert_eq!(answer.headers().get("content-type").unwrap(), "application/problem+json");
     }

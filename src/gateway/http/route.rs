@@ -31,6 +31,10 @@ pub enum Call {
     ImportMemory,
     GetDeadLetters,
     RetryDeadLetter,
+    ChatCompletions,
+    Embeddings,
+    ListModels,
+    GetModel,
     ClusterNodes,
     ClusterShards,
     DrainNode,
@@ -59,7 +63,7 @@ const fn row(call: Call, method: &'static str, path: &'static str) -> Row {
 }
 
 /// All calls, in the order of [`Call`].
-pub const CALLS: [Row; 30] = [
+pub const CALLS: [Row; 34] = [
     row(Call::ListInstances, "GET", "/v1/instances"),
     row(Call::PutInstance, "PUT", "/v1/instances/{id}"),
     row(Call::GetInstance, "GET", "/v1/instances/{id}"),
@@ -80,6 +84,10 @@ pub const CALLS: [Row; 30] = [
     row(Call::ImportMemory, "POST", "/v1/instances/{id}/memory/import"),
     row(Call::GetDeadLetters, "GET", "/v1/instances/{id}/dead-letters"),
     row(Call::RetryDeadLetter, "POST", "/v1/instances/{id}/dead-letters/{sid}/retry"),
+    row(Call::ChatCompletions, "POST", "/v1/chat/completions"),
+    row(Call::Embeddings, "POST", "/v1/embeddings"),
+    row(Call::ListModels, "GET", "/v1/models"),
+    row(Call::GetModel, "GET", "/v1/models/{id}"),
     row(Call::ClusterNodes, "GET", "/v1/cluster/nodes"),
     row(Call::ClusterShards, "GET", "/v1/cluster/shards"),
     row(Call::DrainNode, "POST", "/v1/cluster/nodes/{node}/drain"),
@@ -114,6 +122,9 @@ impl Call {
             | Call::Recall
             | Call::MemoryStats
             | Call::ExportMemory
+            | Call::Embeddings
+            | Call::ListModels
+            | Call::GetModel
             | Call::GetDeadLetters => Some(Scope::Read),
             Call::PutInstance
             | Call::DeleteInstance
@@ -124,8 +135,14 @@ impl Call {
             | Call::Prune
             | Call::Forget
             | Call::ImportMemory
+            | Call::ChatCompletions
             | Call::RetryDeadLetter => Some(Scope::Write),
         }
+    }
+
+    /// Whether it speaks the chat protocol, in which refusals have a form of their own.
+    pub const fn is_chat(self) -> bool {
+        matches!(self, Call::ChatCompletions | Call::Embeddings | Call::ListModels | Call::GetModel)
     }
 
     /// Whether it changes anything, and so is refused while the node drains.
@@ -205,6 +222,10 @@ fn template(path: &str) -> Option<(&'static str, &str, &str)> {
         ["v1", "instances", id, "dead-letters", sid, "retry"] => {
             ("/v1/instances/{id}/dead-letters/{sid}/retry", id, sid)
         }
+        ["v1", "chat", "completions"] => ("/v1/chat/completions", "", ""),
+        ["v1", "embeddings"] => ("/v1/embeddings", "", ""),
+        ["v1", "models"] => ("/v1/models", "", ""),
+        ["v1", "models", id] => ("/v1/models/{id}", id, ""),
         ["v1", "cluster", "nodes"] => ("/v1/cluster/nodes", "", ""),
         ["v1", "cluster", "shards"] => ("/v1/cluster/shards", "", ""),
         ["v1", "cluster", "nodes", node, "drain"] => ("/v1/cluster/nodes/{node}/drain", node, ""),

@@ -47,7 +47,7 @@ fn open(
     let peer = checked.and_then(|()| request.peer_addr().ok_or(Refusal::NoCredentials));
     let peer = match peer {
         Ok(peer) => peer,
-        Err(refusal) => return Ok(Problem::from(refusal).answer(request.path(), "")),
+        Err(refusal) => return Ok(Problem::from(refusal).answer(request.path(), "", false)),
     };
     let (response, session, messages) = actix_ws::handle_with_protocols(request, body, &["mqtt", "mqttv3.1"])?;
     let messages = messages.max_frame_size(MAX_FRAME).aggregate_continuations().max_continuation_size(MAX_FRAME);

@@ -142,7 +142,11 @@ fn raw(data: &RawValue) -> Result<RawJson, Refusal> {
     RawJson::parse(data.get()).map_err(|error| Refusal::Field(format!("data: {error}")))
 }
 
-fn sender(named: Option<String>, who: &AuthContext) -> Result<Option<String>, Refusal> {
+/// Who sends: as named, or as the token says.
+///
+/// # Errors
+/// [`Refusal`] when a device names another, or the name is none.
+pub fn sender(named: Option<String>, who: &AuthContext) -> Result<Option<String>, Refusal> {
     let Some(named) = named else { return Ok(who.sender().map(str::to_owned)) };
     if named.is_empty() || named.len() > MAX_SENDER_BYTES || named.chars().any(char::is_control) {
         let why = format!("sender: must have 1 to {MAX_SENDER_BYTES} bytes without control characters");

@@ -1,0 +1,321 @@
+//! An answer of the chat protocol, chunk by chunk.
+//!
+//! The protocol cannot take words back. So what was sent is remembered by length and digest, and what follows is sent only
+//! while it goes on from there; an answer that was begun anew in other words ends the stream with an error, and asking again
+//! under the same `Idempotency-Key` yields the turn. Each chunk with words has an id, `STIMULUS:c:BYTES:DIGEST`, which resumes.
+//! Invariants: the words a client puts together are the beginning of the reply, and all of it when the stream ends well.
+//! Tests: at the foot; `tests/it/openai.rs`.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use serde_json::{Value, json};
+use tokio::{sync::broadcast::error::RecvError, time};
+
+use super::{
+    super::{
+        Shared, follow,
+        problem::{Problem, Refusal},
+        sse::{Gone, KEEP_ALIVE, Sink},
+    },
+    wire::{Answer, Form},
+};
+use crate::{
+    instance::events::{Event, Watch},
+    store::Known,
+    types::{
+        InstanceKey, StimulusId, TurnRecord,
+        limits::{STREAM_KEEP_ALIVE_SECONDS, STREAM_SECONDS},
+    },
+};
+
+const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
+
+/// What a client has: so many bytes of the answer, with this digest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Said {
+    bytes: usize,
+    digest: u64,
+}
+
+impl Default for Said {
+    fn default() -> Self {
+        Self { bytes: 0, digest: 0xcbf2_9ce4_8422_2325 }
+    }
+}
+
+impl Said {
+    fn push(&mut self, text: &str) {
+        let step = |digest: u64, byte: u8| (digest ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        self.digest = text.bytes().fold(self.digest, step);
+        self.bytes += text.len();
+    }
+
+    /// What of a text comes behind what was said; none when the text begins otherwise.
+    fn rest_of<'t>(&self, text: &'t str) -> Option<&'t str> {
+        let (begin, rest) = text.split_at_checked(self.bytes)?;
+        let mut said = Self::default();
+        said.push(begin);
+        (said == *self).then_some(rest)
+    }
+}
+
+/// Where a stream broke off.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resume {
+    /// The stimulus.
+    pub stimulus: StimulusId,
+    /// What the client has.
+    pub said: Said,
+}
+
+impl Resume {
+    /// Reads the id of a chunk.
+    pub fn parse(id: &str) -> Option<Self> {
+        let mut parts = id.split(':');
+        let stimulus = StimulusId::new(parts.next()?).ok()?;
+        let ("c", bytes, digest, None) = (parts.next()?, parts.next()?, parts.next()?, parts.next()) else {
+            return None;
+        };
+        let said = Said { bytes: bytes.parse().ok()?, digest: u64::from_str_radix(digest, 16).ok()? };
+        Some(Self { stimulus, said })
+    }
+}
+
+/// A stream that brings one answer.
+pub struct Talk {
+    /// The door.
+    pub shared: Arc<Shared>,
+    /// Whose.
+    pub key: InstanceKey,
+    /// To what.
+    pub stimulus: StimulusId,
+    /// For the log.
+    pub request_id: String,
+    /// Where errors are reported to have happened.
+    pub path: String,
+    /// The way to the client.
+    pub sink: Sink,
+    /// What its chunks have in common.
+    pub form: Form,
+    /// Whether the last chunk says what was consumed.
+    pub usage: bool,
+    /// What the client has.
+    pub said: Said,
+}
+
+/// The answer as it is thought.
+#[derive(Default)]
+struct Draft {
+    text: String,
+    pieces: u64,
+    /// What the client has is how it begins.
+    fits: bool,
+}
+
+struct End;
+
+impl From<Gone> for End {
+    fn from(_: Gone) -> Self {
+        Self
+    }
+}
+
+type Flow = Result<(), End>;
+
+impl Talk {
+    /// Brings the answer to its end. The watch began before `known` was asked for.
+    pub async fn run(mut self, mut watch: Watch, known: Known, resumed: bool) {
+        let mut draft = Draft::default();
+        let begun = async {
+            if !resumed {
+                self.delta(&json!({"role": "assistant", "content": ""}), None).await?;
+            }
+            self.settle(Some(known)).await?;
+            self.catch_up(&watch, &mut draft).await
+        };
+        if begun.await.is_err() {
+            return;
+        }
+        let drain = self.shared.drain.clone();
+        let end = time::sleep(Duration::from_secs(STREAM_SECONDS));
+        tokio::pin!(end);
+        let mut tick = time::interval(Duration::from_secs(STREAM_KEEP_ALIVE_SECONDS));
+        tick.reset();
+        loop {
+            let flow = tokio::select! {
+                event = watch.events.recv() => match event {
+                    Ok(event) => self.event(event, &mut watch, &mut draft).await,
+                    Err(RecvError::Lagged(_)) => self.look_again(&mut watch, &mut draft).await,
+                    Err(RecvError::Closed) => self.problem(Refusal::Draining.into()).await,
+                },
+                _ = tick.tick() => self.still_there().await,
+                () = drain.draining() => self.problem(Refusal::Draining.into()).await,
+                () = self.sink.gone() => return,
+                () = &mut end => return,
+            };
+            if flow.is_err() {
+                return;
+            }
+        }
+    }
+
+    async fn event(&mut self, event: Event, watch: &mut Watch, draft: &mut Draft) -> Flow {
+        match event {
+            Event::Token { stimulus, index, text } if stimulus == self.stimulus => {
+                if index > draft.pieces {
+                    return self.look_again(watch, draft).await;
+                }
+                if index == draft.pieces {
+                    draft.pieces += 1;
+                    draft.text.push_str(&text);
+                    return self.go_on(draft).await;
+                }
+                Ok(())
+            }
+            Event::Thinking(id) | Event::Restart(id) if id == self.stimulus => self.look_again(watch, draft).await,
+            Event::Turn(turn) if turn.stimulus.id == self.stimulus => self.turn(&turn).await,
+            Event::Dead(dead) if dead.stimulus.id == self.stimulus => {
+                self.problem(follow::dead_letter(&self.key, &dead).into()).await
+            }
+            Event::Forgotten => self.problem(Refusal::NoStimulus.into()).await,
+            Event::Missed => self.look_again(watch, draft).await,
+            _ => Ok(()),
+        }
+    }
+
+    /// Watches anew, and sees what became of it in the meantime.
+    async fn look_again(&mut self, watch: &mut Watch, draft: &mut Draft) -> Flow {
+        *watch = self.shared.router.hub().watch(&self.key);
+        let known = self.find().await?;
+        self.settle(known).await?;
+        self.catch_up(watch, draft).await
+    }
+
+    async fn catch_up(&mut self, watch: &Watch, draft: &mut Draft) -> Flow {
+        let Some(other) = watch.draft.as_ref().filter(|other| other.stimulus == self.stimulus) else { return Ok(()) };
+        *draft = Draft { text: other.tokens.concat(), pieces: other.tokens.len() as u64, fits: false };
+        self.go_on(draft).await
+    }
+
+    /// Sends what the draft has behind what was said, once there is more of it than was said.
+    async fn go_on(&mut self, draft: &mut Draft) -> Flow {
+        if draft.text.len() <= self.said.bytes {
+            return Ok(());
+        }
+        if !draft.fits && self.said.rest_of(&draft.text).is_none() {
+            return self.begun_anew().await;
+        }
+        draft.fits = true;
+        let rest = draft.text.get(self.said.bytes..).unwrap_or_default().to_owned();
+        self.words(&rest).await
+    }
+
+    async fn words(&mut self, text: &str) -> Flow {
+        if text.is_empty() {
+            return Ok(());
+        }
+        self.said.push(text);
+        self.delta(&json!({"content": text}), None).await
+    }
+
+    async fn begun_anew(&mut self) -> Flow {
+        let why = "the answer was begun anew in other words: ask again with the same Idempotency-Key";
+        self.problem(crate::instance::Error::Overloaded(why).into()).await
+    }
+
+    /// Now and then: says that the stream lives, and asks the store in case a hint was lost.
+    async fn still_there(&mut self) -> Flow {
+        self.sink.send(KEEP_ALIVE).await?;
+        let known = self.find().await?;
+        self.settle(known).await
+    }
+
+    async fn find(&mut self) -> Result<Option<Known>, End> {
+        match self.shared.router.store().find(&self.key, &self.stimulus).await {
+            Ok(known) => Ok(known),
+            Err(error) => {
+                self.problem(error.into()).await?;
+                Err(End)
+            }
+        }
+    }
+
+    async fn settle(&mut self, known: Option<Known>) -> Flow {
+        match known {
+            Some(Known::Waiting(_)) => Ok(()),
+            Some(Known::Decided(turn)) => self.turn(&turn).await,
+            Some(Known::Dead(dead)) => self.problem(follow::dead_letter(&self.key, &dead).into()).await,
+            None => self.problem(Refusal::NoStimulus.into()).await,
+        }
+    }
+
+    /// The turn: the rest of its words, the calls that are left to the client, and the end.
+    async fn turn(&mut self, turn: &TurnRecord) -> Flow {
+        let answer = Answer::of(turn);
+        let Some(rest) = self.said.rest_of(&answer.content) else { return self.begun_anew().await };
+        self.words(rest).await?;
+        if !answer.calls.is_empty() {
+            let call = |(index, call): (usize, &_)| {
+                let mut call = json!(call);
+                call["index"] = json!(index);
+                call
+            };
+            let calls: Vec<Value> = answer.calls.iter().enumerate().map(call).collect();
+            self.delta(&json!({"tool_calls": calls}), None).await?;
+        }
+        self.delta(&json!({}), Some(answer.finish())).await?;
+        if self.usage {
+            let chunk = self.form.usage(turn);
+            self.sink.send(data(None, &chunk)).await?;
+        }
+        self.sink.send(DONE).await?;
+        Err(End)
+    }
+
+    async fn delta(&mut self, delta: &Value, finish: Option<&str>) -> Flow {
+        let id = format!("{}:c:{}:{:x}", self.stimulus, self.said.bytes, self.said.digest);
+        Ok(self.sink.send(data(Some(&id), &self.form.chunk(delta, finish))).await?)
+    }
+
+    async fn problem(&mut self, problem: Problem) -> Flow {
+        self.sink.send(data(None, &problem.refused(&self.path, &self.request_id))).await?;
+        Err(End)
+    }
+}
+
+/// An event without a name, as the protocol has them.
+fn data(id: Option<&str>, value: &Value) -> Bytes {
+    let id = id.map(|id| format!("id: {id}\n")).unwrap_or_default();
+    Bytes::from(format!("{id}data: {value}\n\n"))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_goes_on_is_sent() {
+        let mut said = Said::default();
+        assert_eq!(said.rest_of("hello"), Some("hello"));
+        said.push("hel");
+        assert_eq!(said.rest_of("hello"), Some("lo"));
+        assert_eq!((said.rest_of("help"), said.rest_of("halo"), said.rest_of("he")), (Some("p"), None, None));
+        said.push("é");
+        assert_eq!(said.rest_of("helé!"), Some("!"));
+        assert_eq!(said.rest_of("hel\u{304}!"), None, "cut between characters only");
+    }
+
+    #[test]
+    fn the_id_of_a_chunk_says_what_the_client_has() {
+        let mut said = Said::default();
+        said.push("hello");
+        let id = format!("s-1:c:{}:{:x}", said.bytes, said.digest);
+        let resume = Resume::parse(&id).unwrap();
+        assert_eq!((resume.stimulus.as_str(), resume.said), ("s-1", said));
+        for bad in ["", "s-1", "s-1:5:aa", "s-1:c:5", "s-1:c:x:aa", "s-1:c:5:zz", "s-1:c:5:aa:1", "s 1:c:5:aa"] {
+            assert_eq!(Resume::parse(bad), None, "{bad}");
+        }
+    }
+}
