@@ -192,11 +192,14 @@ async fn a_stream_goes_on_after_a_kill_where_committed_words_end() {
         first = stream.more().await.to_owned();
     }
     node.kill9().await;
-    outside.go();
     node.start_again().await;
     let last = whole(&first).lines().filter_map(|line| line.strip_prefix("id: ")).next_back().unwrap().to_owned();
     let resumed = events(&node.client(), Method::GET, "/v1/stimuli/s1?instance=house").header("last-event-id", last);
     let mut stream = Http::open(resumed).await;
+    // Not before somebody listens: who comes after the turn is told the turn.
+    let asked = outside.asked().len();
+    wait_until("it goes on", PATIENCE, async || outside.asked().len() >= asked.max(4)).await;
+    outside.go();
     let rest = stream.until("event: turn").await.to_owned();
     let rest = whole(rest.split("event: turn").next().unwrap());
     let ((had, _), (got, restarted)) = (words(whole(&first)), words(rest));

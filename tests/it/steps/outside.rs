@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
+    sync::Notify,
 };
 
 use crate::support::{PATIENCE, wait_until};
@@ -62,6 +63,7 @@ type Plan = dyn Fn(usize, usize) -> Said + Send + Sync;
 pub struct Outside {
     pub url: String,
     seen: Arc<Mutex<Seen>>,
+    gone_on: Arc<Notify>,
     plan: Arc<Plan>,
 }
 
@@ -70,7 +72,7 @@ impl Outside {
     pub async fn start(plan: impl Fn(usize, usize) -> Said + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let outside = Self { url, seen: Arc::default(), plan: Arc::new(plan) };
+        let outside = Self { url, seen: Arc::default(), gone_on: Arc::default(), plan: Arc::new(plan) };
         let served = outside.clone();
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
@@ -117,10 +119,11 @@ impl Outside {
         wait_until(&what, PATIENCE, async || self.seen.lock().unwrap().stopped).await;
     }
 
-    /// Goes on.
+    /// Goes on, also with what was not answered and still waits.
     pub fn go(&self) {
         let mut seen = self.seen.lock().unwrap();
         (seen.stop, seen.stopped) = (None, false);
+        self.gone_on.notify_waiters();
     }
 
     /// Whether nothing is answered any more.
@@ -138,6 +141,8 @@ impl Outside {
 
     async fn serve(&self, mut stream: TcpStream) {
         let Some((path, key, body)) = read(&mut stream).await else { return };
+        // Told from here on, also before it is waited for.
+        let gone_on = self.gone_on.notified();
         let (point, answer) = if path == "/v1/chat/completions" {
             let messages = body["messages"].as_array().unwrap();
             let round = messages.iter().filter(|message| message["tool_calls"].is_array()).count();
@@ -151,8 +156,11 @@ impl Outside {
             (Point::Tool(number), plain("200 OK", "text/plain", &format!("done {number}")))
         };
         if self.has_stopped() || self.stops(Stop::Before(point)) {
-            let _ = stream.read(&mut [0; 64]).await;
-            return;
+            let mut nothing = [0; 64];
+            tokio::select! {
+                _ = stream.read(&mut nothing) => return,
+                () = gone_on => {}
+            }
         }
         let _ = stream.write_all(answer.as_bytes()).await;
         let _ = stream.flush().await;
