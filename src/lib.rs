@@ -30,4 +30,5 @@ pub mod runtime;
 pub mod scaling;
 pub mod store;
 pub mod telemetry;
+pub mod tools;
 pub mod types;

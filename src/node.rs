@@ -33,7 +33,11 @@ use crate::{
             roam,
         },
     },
-    instance::{Until, environment::Environment},
+    instance::{
+        Until,
+        environment::{Environment, Faults},
+        toolkit::Toolkit,
+    },
     runtime::{clock::Clock, drain::Drain},
     store::{
         self, Store,
@@ -133,6 +137,7 @@ pub struct Node {
     arbiters: Vec<Arbiter>,
     edge: Edge,
     store: Arc<dyn Store>,
+    toolkit: Arc<Toolkit>,
     live: live::Live,
     patience: Duration,
     leave: Duration,
@@ -219,7 +224,10 @@ impl Node {
             .map_err(part)?;
 
         let (store, ownership, roaming) = open_store(config, &clock, &edge.handle).await?;
-        let environment = Environment::new(config, store.clone(), clock.clone()).map_err(part)?;
+        let mut environment = Environment::new(config, store.clone(), clock.clone()).map_err(part)?;
+        let toolkit = Arc::new(Toolkit::new(&config.tools, environment.memory.clone()).map_err(part)?);
+        // Tools on demand, of a test, stand in for the node's.
+        environment.toolbox = Faults::toolbox(&config.faults).unwrap_or_else(|| toolkit.clone());
         let count = if config.node.arbiters == 0 { cores } else { config.node.arbiters };
         let arbiters: Vec<_> = (0..count).map(|_| Arbiter::new()).collect();
         let handles: Vec<_> = arbiters.iter().map(Arbiter::handle).collect();
@@ -327,6 +335,7 @@ impl Node {
             arbiters,
             edge,
             store,
+            toolkit,
             live,
             patience,
             leave,
@@ -363,6 +372,7 @@ impl Node {
             arbiter.stop();
         }
         // A store may work on the edge's runtime: it goes first.
+        self.toolkit.close().await;
         let store = self.store;
         let closed = tokio::task::spawn_blocking(move || store.close()).await;
         if closed.is_err() {

@@ -28,10 +28,10 @@ pub(super) struct Found {
     pub hint: Option<String>,
 }
 
-struct Findings(Vec<Found>);
+pub(super) struct Findings(Vec<Found>);
 
 impl Findings {
-    fn add(&mut self, path: &[&str], message: impl Into<String>) {
+    pub(super) fn add(&mut self, path: &[&str], message: impl Into<String>) {
         self.0.push(Found {
             path: path.iter().map(|&name| name.to_owned()).collect(),
             message: message.into(),
@@ -46,7 +46,12 @@ impl Findings {
         }
     }
 
-    fn range<T: PartialOrd + std::fmt::Display>(&mut self, path: &[&str], value: T, allowed: RangeInclusive<T>) {
+    pub(super) fn range<T: PartialOrd + std::fmt::Display>(
+        &mut self,
+        path: &[&str],
+        value: T,
+        allowed: RangeInclusive<T>,
+    ) {
         if !allowed.contains(&value) {
             self.add(path, format!("{value} is out of range, allowed is {} to {}", allowed.start(), allowed.end()));
         }
@@ -64,6 +69,7 @@ pub(super) fn check(config: &Config, has_env: &dyn Fn(&str) -> bool) -> Vec<Foun
     scaling(config, &mut found);
     advertised(config, &mut found);
     cognition(&config.cognition, has_env, &mut found);
+    super::tools::check(&config.tools, has_env, &mut found);
     delivery(&config.delivery, &mut found);
     auth(&config.auth, has_env, &mut found);
     open_addresses(config, &mut found);

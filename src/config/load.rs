@@ -424,7 +424,8 @@ mod tests {
     /// Every key a section knows stands in the compiled-in file, as a setting or as a comment.
     #[test]
     fn the_compiled_in_file_names_every_key() {
-        let sections = "node http mqtt store store.postgres cluster scaling instances cognition cognition.providers.local memory delivery \
+        let sections = "node http mqtt store store.postgres cluster scaling instances cognition cognition.providers.local memory tools tools.http \
+                        tools.tenants.acme tools.mcp.files delivery \
                         auth auth.tokens telemetry faults";
         for section in sections.split_whitespace() {
             let mut tree = defaults().unwrap();
@@ -448,7 +449,7 @@ mod tests {
             for key in known {
                 let there = part.contains(&format!("\n{key} = ")) || part.contains(&format!("\n# {key} = "));
                 assert!(
-                    there || ["providers", "tokens", "postgres"].contains(&key),
+                    there || ["providers", "tokens", "postgres", "http", "tenants", "mcp"].contains(&key),
                     "{section}.{key} is not in config/default.toml"
                 );
             }

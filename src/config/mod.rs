@@ -19,6 +19,7 @@ mod error;
 pub mod live;
 mod load;
 mod print;
+pub mod tools;
 mod tree;
 pub mod watch;
 
@@ -51,6 +52,8 @@ pub struct Config {
     pub cognition: Cognition,
     /// What instances remember.
     pub memory: Memory,
+    /// What engines may call.
+    pub tools: tools::Tools,
     /// Sending effects.
     pub delivery: Delivery,
     /// Credentials.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use reqwest::{StatusCode, Url, header, redirect};
 
 use super::Error;
-use crate::types::RawJson;
+use crate::types::{RawJson, host};
 
 /// Longest `Retry-After` that is honoured.
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(5 * 60);
@@ -46,16 +46,10 @@ fn target_of(url: &Url) -> Option<String> {
     Some(format!("{}:{}", url.host_str()?.to_ascii_lowercase(), url.port_or_known_default()?))
 }
 
-/// Whether an entry of the allow-list covers a target: `host:port` that very port, `host` the usual port of the scheme.
+/// Whether an entry of the allow-list covers a target.
 fn covers(entry: &str, url: &Url) -> bool {
     let (Some(host), Some(port)) = (url.host_str(), url.port_or_known_default()) else { return false };
-    let entry = entry.trim();
-    if entry.eq_ignore_ascii_case(host) {
-        return url.port().is_none();
-    }
-    entry.rsplit_once(':').is_some_and(|(name, wanted)| {
-        name.eq_ignore_ascii_case(host) && wanted.parse::<u16>().is_ok_and(|wanted| wanted == port)
-    })
+    host::covers(entry, host, url.port(), port)
 }
 
 /// Whether and how an address may be called.

@@ -17,6 +17,7 @@ use crate::{
     scaling::cache::{Options, States, TieredCache},
     store::Store,
     telemetry::metric,
+    tools::scope,
     types::{Profile, Stimulus},
 };
 
@@ -27,7 +28,7 @@ pub struct Environment {
     /// Time.
     pub clock: Clock,
     /// What instances remember.
-    pub memory: Memory,
+    pub memory: Arc<Memory>,
     /// Watches.
     pub hub: Hub,
     /// What is held of what is dear to load or to make.
@@ -67,7 +68,7 @@ impl Environment {
         let default_mind = minds.of(&Arc::new(Profile::default()))?;
         let cache = TieredCache::new(Options::of(config, clock.clone()));
         Ok(Self {
-            memory: Memory::new(&config.memory, store.clone(), clock.clone()),
+            memory: Arc::new(Memory::new(&config.memory, store.clone(), clock.clone())),
             store,
             clock,
             hub: Hub::default(),
@@ -166,6 +167,7 @@ impl Minds {
         self.engines.check(profile).map_err(|error| Error::Invalid(error.to_string()))?;
         let rules = RuleSet::compile(&profile.reflexes).map_err(|error| Error::Invalid(error.to_string()))?;
         let engine = self.engines.of(profile).clone();
+        scope::check(&profile.tools).map_err(Error::Invalid)?;
         let attention = Attention::of(profile).map_err(Error::Invalid)?;
         let attention = attention.filter(|_| engine.pace(profile) == Pace::Slow);
         let mind = Arc::new(Mind { profile: profile.clone(), rules, engine, attention });

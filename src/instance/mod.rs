@@ -19,6 +19,7 @@ pub mod environment;
 pub mod events;
 pub mod inbox;
 pub mod tenure;
+pub mod toolkit;
 pub mod turn;
 
 /// What became of a delivered stimulus.

@@ -103,6 +103,12 @@ metrics! {
     MODEL_TOKENS = Counter "sophont_cognition_model_tokens_total";
     /// Calls waiting for a provider.
     MODEL_QUEUE = Gauge "sophont_cognition_model_queue_calls";
+    /// Calls of tools, by tool (a server's count as `mcp.SERVER`) and result (`ok`, `failed`).
+    TOOL_CALLS = Counter "sophont_tools_calls_total";
+    /// Time of a tool's call in seconds, by tool.
+    TOOL_SECONDS = Histogram "sophont_tools_call_seconds";
+    /// Calls that leave the node and run.
+    TOOL_RUNNING = Gauge "sophont_tools_running_calls";
     /// MQTT connections.
     MQTT_CONNECTIONS = Gauge "sophont_mqtt_connections";
     /// MQTT messages, by direction (`in`, `out`).
@@ -194,7 +200,8 @@ mod tests {
     use super::*;
 
     /// Modules that may stand in a name: folders of `src`, or the door's own name.
-    const MODULES: [&str; 11] = [
+    const MODULES: [&str; 12] = [
+        "tools",
         "config",
         "http",
         "mqtt",

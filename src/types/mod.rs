@@ -7,6 +7,7 @@
 pub mod auth;
 pub mod chat;
 pub mod error;
+pub mod host;
 pub mod id;
 pub mod json;
 pub mod limits;

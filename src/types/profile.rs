@@ -29,6 +29,10 @@ pub struct Profile {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
     pub script: Option<Value>,
+    /// Tools its engine may use, where the node allows them to the tenant: built-in ones, `SERVER.TOOL`, `SERVER.*`. None when
+    /// empty.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tools: Vec<String>,
     /// Limits of this instance.
     #[serde(skip_serializing_if = "Limits::is_empty")]
     pub limits: Limits,

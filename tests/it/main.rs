@@ -45,6 +45,7 @@ mod store_steps;
 mod support_works;
 mod tenure;
 mod thinking;
+mod tools;
 mod transport;
 mod turn;
 mod upgrade;

@@ -36,7 +36,8 @@ const DOORS: &[(&[&str], &[&str])] = &[
     (&["rmqtt_codec", "rumqttc"], &["gateway/mqtt"]),
     (&["redis"], &["cluster/bus/redis", "scaling/cache/link"]),
     (&["cel"], &["cognition"]),
-    (&["reqwest"], &["cognition", "delivery", "cli"]),
+    (&["reqwest"], &["cognition", "delivery", "cli", "tools/fetch"]),
+    (&["rmcp"], &["tools/mcp"]),
     (&["clap", "indicatif", "rustyline", "hdrhistogram"], &["cli"]),
     (&["anyhow"], &["main", "cli", "node"]),
 ];

@@ -21,7 +21,7 @@ pub fn find(name: &str) -> PathBuf {
     found.unwrap_or_else(|| panic!("the program `{name}` is not installed: run tests/install"))
 }
 
-/// The Python of the tests' own environment, which has paho-mqtt.
+/// The Python of the tests' own environment, which has paho-mqtt and MCP servers.
 ///
 /// # Panics
 /// When the environment was not made.

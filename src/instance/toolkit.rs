@@ -1,0 +1,84 @@
+//! The node's tools as engines see them: `tools` behind the port of `cognition`, with what the instance remembers.
+//!
+//! Not here: the tools themselves (`tools`), what becomes of actions (`turn`). Tests: `tests/it/tools.rs`.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+
+use crate::{
+    cognition::{
+        Action, Toolbox,
+        toolbox::{Invocation, Outcome},
+    },
+    config::tools::Tools,
+    memory::Memory,
+    store::Episode,
+    tools::{self, Call, Deed, Recall, Registry},
+    types::{InstanceKey, Profile, ToolSpec},
+};
+
+/// The tools of a node.
+#[derive(Debug)]
+pub struct Toolkit(Registry);
+
+struct Remembered(Arc<Memory>);
+
+#[async_trait]
+impl Recall for Remembered {
+    async fn recall(
+        &self,
+        key: &InstanceKey,
+        query: &str,
+        limit: usize,
+        deadline: Duration,
+    ) -> Result<Vec<Episode>, String> {
+        self.0.recall(key, query, limit, deadline).await.map_err(|error| error.to_string())
+    }
+}
+
+impl Toolkit {
+    /// Those of the settings.
+    ///
+    /// # Errors
+    /// [`tools::Error`].
+    pub fn new(settings: &Tools, memory: Arc<Memory>) -> Result<Self, tools::Error> {
+        Ok(Self(Registry::new(settings.clone(), Arc::new(Remembered(memory)))?))
+    }
+
+    /// Ends what runs.
+    pub async fn close(&self) {
+        self.0.close().await;
+    }
+}
+
+#[async_trait]
+impl Toolbox for Toolkit {
+    async fn offered(&self, key: &InstanceKey, profile: &Profile) -> Vec<ToolSpec> {
+        self.0.offered(key, profile).await
+    }
+
+    async fn call(&self, call: Invocation<'_>) -> Outcome {
+        let output = self.0.call(Call {
+            key: call.sight.key,
+            profile: call.sight.profile,
+            name: call.name,
+            arguments: call.arguments,
+            idempotency: call.key,
+            deadline: call.deadline,
+            now: call.sight.now,
+        });
+        let output = output.await;
+        Outcome { result: output.result, actions: output.deeds.into_iter().map(action).collect() }
+    }
+}
+
+fn action(deed: Deed) -> Action {
+    match deed {
+        Deed::Set(patch) => Action::Set(patch),
+        Deed::Remember(episode) => Action::Remember(episode),
+        Deed::Publish { channel, content, data, retain } => Action::Publish { channel, content, data, retain },
+        Deed::Send { instance, channel, content, data } => Action::Send { instance, channel, content, data },
+        Deed::Remind { due, content, data } => Action::Remind { due, content, data },
+    }
+}

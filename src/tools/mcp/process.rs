@@ -1,0 +1,68 @@
+//! The process of an MCP server: what it is given, what it last said on its standard error, and its end.
+
+use std::{
+    process::Stdio,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use tokio::{
+    io::AsyncReadExt as _,
+    process::{Child, ChildStderr, ChildStdin, ChildStdout, Command},
+};
+
+use crate::config::tools::McpServer;
+
+/// Variables every server gets.
+const COMMON: [&str; 4] = ["PATH", "HOME", "LANG", "TMPDIR"];
+/// How much of its standard error is kept, in bytes.
+const LAST_WORDS: usize = 2048;
+
+/// A running server. Dropping it kills it.
+pub(super) struct Process {
+    child: Child,
+    said: Arc<Mutex<Vec<u8>>>,
+}
+
+impl Process {
+    pub(super) fn start(settings: &McpServer) -> Result<Self, String> {
+        let mut command = Command::new(&settings.command);
+        let passed = COMMON.iter().copied().chain(settings.pass_env.iter().map(String::as_str));
+        let passed = passed.filter_map(|name| Some((name, std::env::var_os(name)?)));
+        command
+            .args(&settings.args)
+            .env_clear()
+            .envs(passed)
+            .envs(&settings.env)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        let mut child = command.spawn().map_err(|error| format!("{} cannot be started: {error}", settings.command))?;
+        let said = Arc::new(Mutex::new(Vec::new()));
+        if let Some(errors) = child.stderr.take() {
+            tokio::spawn(listen(errors, said.clone()));
+        }
+        Ok(Self { child, said })
+    }
+
+    /// Its standard output and input, once.
+    pub(super) fn pipes(&mut self) -> Result<(ChildStdout, ChildStdin), String> {
+        self.child.stdout.take().zip(self.child.stdin.take()).ok_or_else(|| String::from("it has no pipes"))
+    }
+
+    /// What it last said on its standard error.
+    pub(super) fn last_words(&self) -> String {
+        let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        String::from_utf8_lossy(&said).trim().to_owned()
+    }
+}
+
+async fn listen(mut errors: ChildStderr, said: Arc<Mutex<Vec<u8>>>) {
+    let mut piece = [0; 1024];
+    while let Ok(read @ 1..) = errors.read(&mut piece).await {
+        let mut said = said.lock().unwrap_or_else(PoisonError::into_inner);
+        said.extend_from_slice(&piece[..read]);
+        let over = said.len().saturating_sub(LAST_WORDS);
+        said.drain(..over);
+    }
+}

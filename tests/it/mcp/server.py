@@ -1,0 +1,58 @@
+"""An MCP server made with the official Python SDK that does what is hard to live with. Over stdio, or with a port over HTTP."""
+
+import os
+import sys
+import time
+
+from mcp.server.mcpserver import MCPServer
+
+server = MCPServer("trouble")
+
+
+@server.tool()
+def add(a: int, b: int) -> str:
+    """Adds two numbers."""
+    return str(a + b)
+
+
+@server.tool()
+def environment() -> str:
+    """Names its environment variables."""
+    return " ".join(sorted(os.environ))
+
+
+@server.tool()
+def flood(count: int) -> str:
+    """Says much."""
+    return "x" * count
+
+
+@server.tool()
+def linger(seconds: float) -> str:
+    """Takes its time."""
+    time.sleep(seconds)
+    return "done"
+
+
+@server.tool()
+def die() -> str:
+    """Ends the server."""
+    os._exit(3)
+
+
+@server.tool()
+def process() -> str:
+    """Its process id."""
+    return str(os.getpid())
+
+
+@server.tool()
+def fail() -> str:
+    """Fails."""
+    raise ValueError("on purpose")
+
+
+if len(sys.argv) > 1:
+    server.run("streamable-http", host="127.0.0.1", port=int(sys.argv[1]))
+else:
+    server.run("stdio")
