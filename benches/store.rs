@@ -137,6 +137,7 @@ fn settings(batch: usize) -> config::Store {
         max_queue: 65_536,
         readers: 1,
         cache_mb: 32,
+        slow_query_ms: 0,
         postgres: config::Config::default().store.postgres,
     }
 }

@@ -39,6 +39,7 @@ use crate::{
         toolkit::Toolkit,
     },
     runtime::{clock::Clock, drain::Drain},
+    scaling::pool::Places,
     store::{
         self, Store,
         memory::MemoryStore,
@@ -114,6 +115,9 @@ impl Fault for Error {
 fn part(error: impl std::fmt::Display) -> Error {
     Error::Part(error.to_string())
 }
+
+/// How often pools are looked at.
+const POOLS: Duration = Duration::from_secs(1);
 
 /// Runs a future on this thread inside the actor system that [`Node::start`] needs.
 pub fn system<F: Future>(main: F) -> F::Output {
@@ -223,6 +227,7 @@ impl Node {
             .map(Edge::new)
             .map_err(part)?;
 
+        store::set_slow_threshold(live::slow(config));
         let (store, ownership, roaming) = open_store(config, &clock, &edge.handle).await?;
         let mut environment = Environment::new(config, store.clone(), clock.clone()).map_err(part)?;
         let toolkit = Arc::new(Toolkit::new(&config.tools, environment.memory.clone()).map_err(part)?);
@@ -301,7 +306,12 @@ impl Node {
         member.deliver_with(courier.leaving());
         let (scan_period, period) = watch::channel(live::scan_period(config));
         edge.handle.spawn(scan(router.clone(), drain.clone(), period));
-        let live = live::Live::new(config.clone(), live::Parts { environment, scan: scan_period }, clock.clone());
+        edge.handle.spawn(tend(store.pools(), drain.clone()));
+        let live = live::Live::new(
+            config.clone(),
+            live::Parts { store: store.clone(), member: member.clone(), environment, scan: scan_period },
+            clock.clone(),
+        );
 
         let parts = http::Parts {
             router: router.clone(),
@@ -311,7 +321,7 @@ impl Node {
             clock,
             node: Arc::from(config.node.name()),
             metrics: Arc::new(prometheus::render),
-            checks: member_checks(&member),
+            checks: checks(&member, store.pools()),
             extra: match &door {
                 Door::Embedded(broker) => http::websocket::route(broker.clone(), auth),
                 Door::External(_) | Door::Off => Arc::new(|_| ()),
@@ -421,10 +431,16 @@ fn addresses(config: &Config, http: SocketAddr, mqtt: Option<SocketAddr>) -> Vec
     addresses
 }
 
-/// What readiness says about the cluster: a node that is no member cannot serve; without a bus it can.
-fn member_checks(member: &Member) -> Vec<http::Check> {
-    let (one, other) = (member.clone(), member.clone());
+/// What readiness says: a node that is no member cannot serve; without a bus, full, or with pools that are too small it can.
+fn checks(member: &Member, pools: Vec<Arc<Places>>) -> Vec<http::Check> {
+    let (one, other, third) = (member.clone(), member.clone(), member.clone());
+    let strain = move || {
+        let strained: Vec<String> = pools.iter().filter_map(|pool| pool.strain()).collect();
+        if strained.is_empty() { Ok(()) } else { Err(strained.join("; ")) }
+    };
     vec![
+        http::Check { name: "load", needed: false, probe: Box::new(move || third.has_room()) },
+        http::Check { name: "pools", needed: false, probe: Box::new(strain) },
         http::Check { name: "membership", needed: true, probe: Box::new(move || one.is_member()) },
         http::Check { name: "bus", needed: false, probe: Box::new(move || other.has_bus()) },
     ]
@@ -444,6 +460,7 @@ async fn open_store(config: &Config, clock: &Clock, handle: &tokio::runtime::Han
                 fenced: !config.faults.fence_off,
                 #[cfg(feature = "faults")]
                 disk_full_file: config.faults.disk_full_file.clone(),
+                pool: live::pool(config),
                 ..postgres::Options::default()
             };
             let (shards, handle) = (config.cluster.shards, handle.clone());
@@ -458,10 +475,26 @@ async fn open_store(config: &Config, clock: &Clock, handle: &tokio::runtime::Han
                 dedupe: !config.faults.dedupe_off,
                 #[cfg(feature = "faults")]
                 disk_full_file: config.faults.disk_full_file.clone(),
+                pool: live::pool(config),
                 ..Options::default()
             };
             let store = SqliteStore::open_with(path, &config.store, clock.clone(), options)?;
             Ok((store, Arc::new(Alone::default()), None))
+        }
+    }
+}
+
+/// Looks at pools, and tells which are too small.
+async fn tend(pools: Vec<Arc<Places>>, drain: Drain) {
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(POOLS) => {}
+            () = drain.stopped() => return,
+        }
+        for pool in &pools {
+            if let Some(words) = pool.look(std::time::Instant::now()) {
+                tracing::warn!(pool = pool.name(), "a pool is too small for what is asked of it: {words}");
+            }
         }
     }
 }

@@ -31,6 +31,7 @@ use super::{
 };
 use crate::{
     scaling::{
+        auto_scaling::{AutoScaling, Judgement, Short, Thresholds, Usage},
         load_balancer::Weighing,
         load_report::{Reports, Way},
     },
@@ -58,6 +59,12 @@ pub struct Parts {
     pub strategy: Strategy,
     /// How busy this node is.
     pub gauge: Arc<dyn Fn() -> Load + Send + Sync>,
+    /// Share of its memory in use, in thousandths.
+    pub memory: Arc<dyn Fn() -> u32 + Send + Sync>,
+    /// When it is full.
+    pub thresholds: Thresholds,
+    /// Is told when it became full, or has room again. Must not block.
+    pub on_full: Box<dyn Fn(bool) + Send + Sync>,
     /// The way to the others.
     pub bus: Arc<dyn Bus>,
     /// Where the actor lives.
@@ -75,6 +82,10 @@ struct Inner {
     weight: AtomicU32,
     /// Outlives the actor. Only the actor locks it.
     weighing: Mutex<Weighing>,
+    /// As `weighing`.
+    scaling: Mutex<AutoScaling>,
+    thresholds: ArcSwap<Thresholds>,
+    judged: ArcSwap<Judgement>,
     actor: Mutex<Option<Addr<LoadBalancer>>>,
     born: Instant,
 }
@@ -87,6 +98,9 @@ impl Balancer {
             routing: ArcSwap::from_pointee(routing),
             weight: AtomicU32::new(parts.weight),
             weighing: Mutex::new(Weighing::new(parts.weight, parts.window)),
+            scaling: Mutex::default(),
+            thresholds: ArcSwap::from_pointee(parts.thresholds),
+            judged: ArcSwap::from_pointee(Judgement { full: None, desired: 1 }),
             actor: Mutex::new(None),
             born: Instant::now(),
             parts,
@@ -101,9 +115,19 @@ impl Balancer {
         self.0.routing.load()
     }
 
-    /// How busy this node is.
+    /// How busy this node says it is: as busy as can be when it is full, so that others take work from it and send it none.
     pub fn load(&self) -> Load {
-        (self.0.parts.gauge)()
+        self.0.said((self.0.parts.gauge)())
+    }
+
+    /// Whether this node is full, and of what.
+    pub fn full(&self) -> Option<Short> {
+        self.0.judged.load().full
+    }
+
+    /// From here on it is full beyond these.
+    pub fn set_thresholds(&self, thresholds: Thresholds) {
+        self.0.thresholds.store(Arc::new(thresholds));
     }
 
     /// How much this node takes compared to others.
@@ -152,6 +176,48 @@ impl Balancer {
         actor.clone()
     }
 }
+
+impl Inner {
+    fn said(&self, load: Load) -> Load {
+        if self.judged.load().full.is_some() { Load { busy_permille: BUSIEST, ..load } } else { load }
+    }
+
+    /// Judges whether this node is full, and how many nodes there should be.
+    fn judge(&self, now: Duration, load: Load, routing: &Routing) {
+        let usage = Usage {
+            cpu_permille: load.busy_permille,
+            memory_permille: (self.parts.memory)(),
+            others_permille: routing.others_average(),
+            nodes: u32::try_from(routing.peers().iter().filter(|peer| !peer.row.draining).count()).unwrap_or(u32::MAX),
+        };
+        let thresholds = self.thresholds.load();
+        let mut scaling = self.scaling.lock().unwrap_or_else(PoisonError::into_inner);
+        let judged = scaling.judge(now, usage, &thresholds);
+        drop(scaling);
+        let before = self.judged.swap(Arc::new(judged));
+        if judged.full.is_some() != before.full.is_some() {
+            (self.parts.on_full)(judged.full.is_some());
+            match judged.full {
+                Some(short) => tracing::warn!(
+                    threshold = short.setting(),
+                    cpu_permille = usage.cpu_permille,
+                    memory_permille = usage.memory_permille,
+                    "this node is full: it gives shards away, and refuses stimuli of the background class"
+                ),
+                None => tracing::info!("this node has room again"),
+            }
+        }
+        if judged.desired != before.desired {
+            tracing::info!(desired = judged.desired, nodes = usage.nodes, "how many nodes the load asks for");
+        }
+        metrics::gauge!(metric::SCALING_FULL).set(f64::from(u8::from(judged.full.is_some())));
+        metrics::gauge!(metric::SCALING_MEMORY).set(f64::from(usage.memory_permille) / 1000.0);
+        metrics::gauge!(metric::SCALING_DESIRED).set(f64::from(judged.desired));
+    }
+}
+
+/// The load of a node that is full.
+const BUSIEST: u32 = 1000;
 
 /// The actor: hears who is how busy, judges how much this node takes, publishes the snapshot.
 pub struct LoadBalancer {
@@ -236,10 +302,12 @@ impl LoadBalancer {
 
     fn tick(&mut self, shared: &Inner) {
         let (me, now) = (&shared.parts.me, shared.born.elapsed());
-        let load = (shared.parts.gauge)();
+        let measured = (shared.parts.gauge)();
+        let load = shared.said(measured);
         self.note(me, load, Way::Own, now);
         self.publish(shared);
         let routing = shared.routing.load();
+        shared.judge(now, measured, &routing);
         let own = self.reports.believed(me, now).map_or(0, |report| report.average_permille);
         let mut weighing = shared.weighing.lock().unwrap_or_else(PoisonError::into_inner);
         let weight = weighing.judge(now, own, routing.others_average());
@@ -326,6 +394,14 @@ mod tests {
             lease: Duration::from_secs(3600),
             strategy: Strategy::LeastLoaded,
             gauge: Arc::new(Load::default),
+            memory: Arc::new(|| 0),
+            thresholds: Thresholds {
+                cpu_permille: 700,
+                memory_permille: 800,
+                full_after: Duration::ZERO,
+                spare_after: Duration::ZERO,
+            },
+            on_full: Box::new(|_| ()),
             bus,
             arbiter: arbiter.handle(),
         })

@@ -7,7 +7,10 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -17,10 +20,10 @@ use tokio::sync::watch;
 use super::{
     PROTOCOL,
     balancer::{self, Balancer},
-    bus::{self, Message, message::Relay},
+    bus::{self, Message, gate::Gate, message::Relay},
     copies::{self, Copies},
     forward::{self, Forwarder, Local, Owner, Owners},
-    gauge::Gauge,
+    gauge::{Claimed, Gauge},
     lease::Terms,
     membership::{self, Holder, Membership, Scales, Standing},
     operations::Operations,
@@ -28,10 +31,11 @@ use super::{
     watch::Watches,
 };
 use crate::{
-    config::Config,
+    config::{self, Config},
     delivery::Leaving,
     instance::environment::Environment,
     runtime::drain::Drain,
+    scaling::auto_scaling::{Short, Thresholds},
     store::{
         Fence, Scope, Store,
         ownership::{self, Joining, NodeRow, Ownership, View},
@@ -120,6 +124,8 @@ pub struct Member {
     balancer: Balancer,
     copies: Copies,
     scope: watch::Receiver<Scope>,
+    gate: Arc<Gate>,
+    alone: Arc<AtomicBool>,
     relays: Arc<OnceLock<Hears>>,
     delivery: Arc<OnceLock<Leaving>>,
 }
@@ -139,8 +145,11 @@ impl Member {
         if alone {
             insist_on_being_alone(&*ownership, Terms::of(&config.cluster).lease).await?;
         }
-        let redis = if alone { &config.redis.off() } else { &config.redis };
+        // A node whose store is its own will always be alone.
+        let redis = if ownership.is_shared() { &config.redis } else { &config.redis.off() };
         let (bus, inlet) = bus::start(redis, &config.cluster.name, node.clone(), &handle)?;
+        let gate = Arc::new(Gate::new(bus, !alone));
+        let (bus, alone): (Arc<dyn bus::Bus>, _) = (gate.clone(), Arc::new(AtomicBool::new(alone)));
         let map = Arc::new(Map { me: node.clone(), shards: shards.clone(), membership: OnceLock::new() });
         let forwarder = Forwarder::new(forward::Parts {
             bus: bus.clone(),
@@ -166,9 +175,13 @@ impl Member {
         };
         let terms = Terms::of(&config.cluster);
         #[cfg(feature = "faults")]
-        let (claimed, spoken) = (config.faults.busy_permille, config.faults.protocol);
+        let (claimed, spoken) = (
+            Claimed { busy: config.faults.busy_permille, memory: config.faults.memory_permille },
+            config.faults.protocol,
+        );
         #[cfg(not(feature = "faults"))]
-        let (claimed, spoken) = (None, None);
+        let (claimed, spoken) = (Claimed::default(), None);
+        let fullness = environment.clone();
         let gauge = Gauge::new(environment.clone(), shards.clone(), claimed);
         let balancer = Balancer::start(balancer::Parts {
             me: node.clone(),
@@ -176,7 +189,13 @@ impl Member {
             window: Duration::from_secs(config.scaling.load_seconds),
             lease: terms.lease,
             strategy: config.scaling.strategy,
+            memory: Arc::new({
+                let gauge = gauge.clone();
+                move || gauge.memory_permille()
+            }),
             gauge: Arc::new(move || gauge.read()),
+            thresholds: thresholds(&config.scaling),
+            on_full: Box::new(move |full| fullness.limits.set_full(full)),
             bus: bus.clone(),
             arbiter,
         });
@@ -242,7 +261,7 @@ impl Member {
         });
         let local = Local::new(shards, environment, news).on_lost(move |to| losing.lost(to));
         forwarder.serve(inlet, Arc::new(local), &drain);
-        handle.spawn(follow(membership.clone(), forwarder.clone(), watches, drain, alone));
+        handle.spawn(follow(membership.clone(), forwarder.clone(), watches, drain, alone.clone()));
         let settled = |standing: &Standing| standing.open > 0 || (standing.version > 1 && !standing.alone);
         let _ = tokio::time::timeout(terms.lease, membership.standing().wait_for(settled)).await;
         Ok(Self {
@@ -252,6 +271,8 @@ impl Member {
             balancer,
             copies,
             scope: owned,
+            gate,
+            alone,
             relays,
             delivery,
         })
@@ -260,6 +281,25 @@ impl Member {
     /// From now on delivery lets go of a shard before it is handed off. To be called once.
     pub fn deliver_with(&self, delivery: Leaving) {
         let _ = self.delivery.set(delivery);
+    }
+
+    /// Whether this node could be a cluster of one: whether no other one is alive.
+    ///
+    /// # Errors
+    /// [`Error::NotAlone`].
+    pub fn may_be_alone(&self) -> Result<(), Error> {
+        self.others().first().map_or(Ok(()), |other| Err(Error::NotAlone(other.clone())))
+    }
+
+    /// Other nodes whose lease runs.
+    fn others(&self) -> Vec<NodeId> {
+        others(&self.membership)
+    }
+
+    /// From here on this node is a cluster of one, or one of several.
+    pub fn set_alone(&self, alone: bool) {
+        self.alone.store(alone, Ordering::Release);
+        self.gate.set_open(!alone);
     }
 
     /// This node's membership.
@@ -325,6 +365,23 @@ impl Member {
         }
     }
 
+    /// Whether this node has room for more work.
+    ///
+    /// # Errors
+    /// What it is full of.
+    pub fn has_room(&self) -> Result<(), String> {
+        match self.balancer.full() {
+            None => Ok(()),
+            Some(short) => {
+                let what = match short {
+                    Short::Cpu => "processors",
+                    Short::Memory => "memory",
+                };
+                Err(format!("full: its {what} are above {} for a while", short.setting()))
+            }
+        }
+    }
+
     /// Whether messages to other nodes flow, or need not.
     ///
     /// # Errors
@@ -363,7 +420,7 @@ impl Scales for Balancer {
 }
 
 /// Tells forwarding and watches of every new table.
-async fn follow(membership: Membership, forwarder: Forwarder, watches: Watches, drain: Drain, alone: bool) {
+async fn follow(membership: Membership, forwarder: Forwarder, watches: Watches, drain: Drain, alone: Arc<AtomicBool>) {
     let mut standing = membership.standing();
     let mut intruders: Vec<NodeId> = Vec::new();
     loop {
@@ -373,15 +430,29 @@ async fn follow(membership: Membership, forwarder: Forwarder, watches: Watches, 
         }
         forwarder.moved();
         watches.moved();
-        if alone {
-            let table = membership.table();
-            let others = table.nodes.iter().map(|row| &row.node).filter(|node| *node != membership.node());
-            let others: Vec<NodeId> = others.cloned().collect();
+        if alone.load(Ordering::Acquire) {
+            let others = others(&membership);
             if !others.is_empty() && others != intruders {
                 tracing::error!(?others, "other nodes joined, and scaling.horizontal_scaling_enabled is false here");
             }
             intruders = others;
         }
+    }
+}
+
+/// Other nodes whose lease runs.
+fn others(membership: &Membership) -> Vec<NodeId> {
+    let table = membership.table();
+    table.nodes.iter().map(|row| &row.node).filter(|node| *node != membership.node()).cloned().collect()
+}
+
+/// When a node is full, as it is set.
+pub fn thresholds(config: &config::Scaling) -> Thresholds {
+    Thresholds {
+        cpu_permille: config.limits.auto_scaling_threshold_cpu * 10,
+        memory_permille: config.limits.auto_scaling_threshold_memory * 10,
+        full_after: Duration::from_secs(config.full_after_seconds),
+        spare_after: Duration::from_secs(config.spare_after_seconds),
     }
 }
 

@@ -10,7 +10,9 @@ use std::{
 
 use secrecy::ExposeSecret;
 
-use super::{Auth, Backend, Cache, Cognition, Config, Delivery, Mqtt, MqttMode, PostgresTls, Readers, Redis, Store};
+use super::{
+    Auth, Backend, Cache, Cognition, Config, Delivery, Mqtt, MqttMode, PostgresTls, Readers, Redis, Scaling, Store,
+};
 use crate::types::{
     InstanceId,
     limits::{MAX_BUS_MESSAGE_BYTES, MAX_ID_BYTES},
@@ -99,8 +101,6 @@ fn ranges(config: &Config, found: &mut Findings) {
     let postgres = &store.postgres;
     let at = |key| ["store", "postgres", key];
     found.range(&at("lanes"), postgres.lanes, 0..=64);
-    found.range(&at("pool"), postgres.pool, 1..=256);
-    found.range(&at("wait_ms"), postgres.wait_ms, 10..=60_000);
     found.range(&at("connect_ms"), postgres.connect_ms, 10..=60_000);
     found.range(&at("statement_ms"), postgres.statement_ms, 100..=3_600_000);
     found.range(&at("lock_ms"), postgres.lock_ms, 100..=600_000);
@@ -108,17 +108,9 @@ fn ranges(config: &Config, found: &mut Findings) {
     found.range(&["cluster", "shards"], cluster.shards, 1..=65_536);
     found.range(&["cluster", "lease_seconds"], cluster.lease_seconds, 1..=600);
     found.range(&["cluster", "max_moves"], cluster.max_moves, 1..=65_536);
-    let most = scaling.max_consciousness_instances;
-    found.range(&["scaling", "max_consciousness_instances"], most, 1..=100_000_000);
-    for (key, size) in [
-        ("cache_l1_size_mb", scaling.cache_l1_size_mb),
-        ("cache_l2_size_mb", scaling.cache_l2_size_mb),
-        ("cache_l3_size_mb", scaling.cache_l3_size_mb),
-    ] {
-        found.range(&["scaling", key], size, 0..=1_048_576);
-    }
+    found.range(&["store", "slow_query_ms"], store.slow_query_ms, 0..=600_000);
     cache(&config.cache, found);
-    found.range(&["scaling", "load_seconds"], scaling.load_seconds, 0..=3600);
+    scaling_ranges(scaling, found);
     found.range(&["instances", "idle_passivate_seconds"], instances.idle_passivate_seconds, 1..=31_536_000);
     found.range(&["instances", "max_inbox"], instances.max_inbox, 1..=1_000_000);
     found.range(&["instances", "scan_seconds"], instances.scan_seconds, 1..=3600);
@@ -159,6 +151,24 @@ fn cache(cache: &Cache, found: &mut Findings) {
     for (key, seconds) in [("profile", stale.profile), ("prompt", stale.prompt), ("tool", stale.tool)] {
         found.range(&["cache", "stale", key], seconds, 0..=YEAR);
     }
+}
+
+fn scaling_ranges(scaling: &Scaling, found: &mut Findings) {
+    let limits = &scaling.limits;
+    let at = |key| ["scaling", key];
+    found.range(&at("max_consciousness_instances"), limits.max_consciousness_instances, 1..=100_000_000);
+    found.range(&at("cache_l1_size_mb"), limits.cache_l1_size_mb, 0..=1_048_576);
+    found.range(&at("cache_l2_size_mb"), limits.cache_l2_size_mb, 0..=1_048_576);
+    found.range(&at("cache_l3_size_mb"), limits.cache_l3_size_mb, 0..=1_048_576);
+    found.range(&at("connection_pool_size"), limits.connection_pool_size, 1..=1000);
+    found.range(&at("auto_scaling_threshold_cpu"), limits.auto_scaling_threshold_cpu, 1..=100);
+    found.range(&at("auto_scaling_threshold_memory"), limits.auto_scaling_threshold_memory, 1..=100);
+    found.range(&at("pool_overflow"), scaling.pool_overflow, 0..=1000);
+    found.range(&at("pool_wait_seconds"), scaling.pool_wait_seconds, 1..=300);
+    found.range(&at("pool_recycle_seconds"), scaling.pool_recycle_seconds, 10..=86_400);
+    found.range(&at("full_after_seconds"), scaling.full_after_seconds, 0..=3600);
+    found.range(&at("spare_after_seconds"), scaling.spare_after_seconds, 0..=86_400);
+    found.range(&at("load_seconds"), scaling.load_seconds, 0..=3600);
 }
 
 fn names(config: &Config, found: &mut Findings) {
@@ -244,7 +254,7 @@ fn advertised(config: &Config, found: &mut Findings) {
 }
 
 fn scaling(config: &Config, found: &mut Findings) {
-    if config.scaling.horizontal_scaling_enabled == Some(true) && config.store.backend != Backend::Postgres {
+    if config.scaling.limits.horizontal_scaling_enabled == Some(true) && config.store.backend != Backend::Postgres {
         found.add_with_hint(
             &["scaling", "horizontal_scaling_enabled"],
             "several nodes need a store they can share, and this one is of a single process",

@@ -40,10 +40,20 @@ impl Key {
 /// Settings that change while a node runs. All others need a restart.
 #[allow(clippy::cast_precision_loss)] // figures on a page
 pub const LIVE: &[Key] = &[
-    Key::number("scaling.max_consciousness_instances", |c| c.scaling.max_consciousness_instances as f64),
-    Key::number("scaling.cache_l1_size_mb", |c| c.scaling.cache_l1_size_mb as f64),
-    Key::number("scaling.cache_l2_size_mb", |c| c.scaling.cache_l2_size_mb as f64),
-    Key::number("scaling.cache_l3_size_mb", |c| c.scaling.cache_l3_size_mb as f64),
+    Key::number("scaling.horizontal_scaling_enabled", |c| f64::from(u8::from(c.scales_out()))),
+    Key::number("scaling.max_consciousness_instances", |c| c.scaling.limits.max_consciousness_instances as f64),
+    Key::number("scaling.cache_l1_size_mb", |c| c.scaling.limits.cache_l1_size_mb as f64),
+    Key::number("scaling.cache_l2_size_mb", |c| c.scaling.limits.cache_l2_size_mb as f64),
+    Key::number("scaling.cache_l3_size_mb", |c| c.scaling.limits.cache_l3_size_mb as f64),
+    Key::number("scaling.connection_pool_size", |c| c.scaling.limits.connection_pool_size as f64),
+    Key::number("scaling.auto_scaling_threshold_cpu", |c| f64::from(c.scaling.limits.auto_scaling_threshold_cpu)),
+    Key::number("scaling.auto_scaling_threshold_memory", |c| f64::from(c.scaling.limits.auto_scaling_threshold_memory)),
+    Key::number("scaling.pool_overflow", |c| c.scaling.pool_overflow as f64),
+    Key::number("scaling.pool_wait_seconds", |c| c.scaling.pool_wait_seconds as f64),
+    Key::number("scaling.pool_recycle_seconds", |c| c.scaling.pool_recycle_seconds as f64),
+    Key::number("scaling.full_after_seconds", |c| c.scaling.full_after_seconds as f64),
+    Key::number("scaling.spare_after_seconds", |c| c.scaling.spare_after_seconds as f64),
+    Key::number("store.slow_query_ms", |c| c.store.slow_query_ms as f64),
     Key::number("instances.idle_passivate_seconds", |c| c.instances.idle_passivate_seconds as f64),
     Key::number("instances.scan_seconds", |c| c.instances.scan_seconds as f64),
     Key::number("cognition.think_seconds", |c| c.cognition.think_seconds as f64),
@@ -152,7 +162,7 @@ mod tests {
     fn what_differs_is_told_as_old_and_new() {
         assert_eq!(changed(|_| ()), Plan::Apply(Vec::new()));
         let plan = changed(|c| {
-            c.scaling.max_consciousness_instances = 7;
+            c.scaling.limits.max_consciousness_instances = 7;
             c.telemetry.log = String::from("debug");
         });
         assert!(matches!(plan, Plan::Apply(_)));
@@ -171,7 +181,7 @@ mod tests {
     #[test]
     fn one_that_needs_a_restart_keeps_the_others_back() {
         let plan = changed(|c| {
-            c.scaling.max_consciousness_instances = 7;
+            c.scaling.limits.max_consciousness_instances = 7;
             c.cluster.shards = 7;
         });
         let Plan::Restart(fixed) = plan else { panic!("{plan:?}") };
@@ -198,7 +208,7 @@ mod tests {
         let provider = toml::from_str("base_url = 'http://127.0.0.1:1/v1'").unwrap();
         config.cognition.providers.insert(String::from("local"), provider);
         // Settings that are absent by default.
-        config.scaling.horizontal_scaling_enabled = Some(false);
+        config.scaling.limits.horizontal_scaling_enabled = Some(false);
         let known = flat(&config);
         let document = include_str!("../../docs/configuration.md");
         let part = document.split("\n## ").find(|part| part.starts_with("Changing settings")).unwrap();

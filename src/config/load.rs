@@ -21,6 +21,10 @@ pub const DEFAULT_TOML: &str = include_str!("../../config/default.toml");
 /// The file that is read when none is named and it exists.
 pub const USUAL_FILE: &str = "sophont.toml";
 
+/// Settings of earlier builds, and what they are called now.
+const MOVED: [(&str, &str); 2] =
+    [("store.postgres.pool", "scaling.connection_pool_size"), ("store.postgres.wait_ms", "scaling.pool_wait_seconds")];
+
 /// Most problems told at once.
 const MAX_PROBLEMS: usize = 32;
 
@@ -295,6 +299,9 @@ fn explain(error: &str, path: &[String], defaults: &Tree) -> (String, Option<Str
 
 /// What may have been meant by an unknown name: a neighbour spelled much like it, or the same name in another section.
 fn suggest(name: &str, allowed: &[String], path: &[String], defaults: &Tree) -> Option<String> {
+    if let Some((_, now)) = MOVED.iter().find(|(before, _)| *before == dotted(path)) {
+        return Some(format!("it is now {now}"));
+    }
     if let Some(hint) = near(name, allowed) {
         return Some(hint);
     }
@@ -371,6 +378,14 @@ mod tests {
                 "c.toml:9:1: store.backend: 'sqlit' is not one of sqlite, postgres, memory (did you mean 'sqlite'?)",
                 "c.toml:10:3: store.max_inbox: unknown setting (it belongs to [instances])",
             ]
+        );
+    }
+
+    #[test]
+    fn a_setting_that_moved_is_told_with_its_new_name() {
+        assert_eq!(
+            problems("[store.postgres]\npool = 8\n"),
+            ["c.toml:2:1: store.postgres.pool: unknown setting (it is now scaling.connection_pool_size)"]
         );
     }
 

@@ -11,7 +11,7 @@ use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::{InstanceId, Roles, Scope, Strategy, TenantId, profile::EngineName};
+use crate::types::{InstanceId, Roles, Scope, TenantId, profile::EngineName};
 
 mod check;
 pub mod env;
@@ -19,12 +19,14 @@ mod error;
 pub mod live;
 mod load;
 mod print;
+mod scaling;
 pub mod tools;
 mod tree;
 pub mod watch;
 
 pub use error::{Error, Origin, Problem};
 pub use load::{DEFAULT_TOML, Loaded, Sources, USUAL_FILE, load};
+pub use scaling::{Scaling, ScalingConfig};
 
 /// Everything.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -68,7 +70,7 @@ pub struct Config {
 impl Config {
     /// Whether this node is one of several: as set, or else whether its store can be shared.
     pub fn scales_out(&self) -> bool {
-        self.scaling.horizontal_scaling_enabled.unwrap_or(self.store.backend == Backend::Postgres)
+        self.scaling.limits.horizontal_scaling_enabled.unwrap_or(self.store.backend == Backend::Postgres)
     }
 }
 
@@ -237,10 +239,12 @@ pub struct Store {
     pub max_batch: usize,
     /// Most units waiting for the writer.
     pub max_queue: usize,
-    /// Threads and connections that read; 0 = one per core.
+    /// SQLite: most threads and connections that read; 0 = one per core.
     pub readers: usize,
     /// Page cache of each connection, in MiB.
     pub cache_mb: usize,
+    /// Statements that take as long are logged, in milliseconds; 0: none.
+    pub slow_query_ms: u64,
     /// `[store.postgres]`
     pub postgres: Postgres,
 }
@@ -299,10 +303,6 @@ pub struct Postgres {
     pub row_security: RowSecurity,
     /// Connections that commit.
     pub lanes: usize,
-    /// Most connections that read.
-    pub pool: usize,
-    /// Longest wait for a connection of the pool, in milliseconds.
-    pub wait_ms: u64,
     /// Longest wait for the server to answer when connecting, in milliseconds.
     pub connect_ms: u64,
     /// Longest statement, in milliseconds.
@@ -363,27 +363,6 @@ impl Redis {
     pub const fn is_off(&self) -> bool {
         self.url.is_empty() && self.url_env.is_empty()
     }
-}
-
-/// `[scaling]`
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Scaling {
-    /// Whether other nodes may take part; see [`Config::scales_out`].
-    #[serde(default)]
-    pub horizontal_scaling_enabled: Option<bool>,
-    /// Most instances in memory.
-    pub max_consciousness_instances: usize,
-    /// First tier of the cache, in this process, in MiB.
-    pub cache_l1_size_mb: usize,
-    /// Second tier: of what this node keeps in Redis, or compressed in this process, in MiB.
-    pub cache_l2_size_mb: usize,
-    /// Third tier: a file in the data folder, in MiB.
-    pub cache_l3_size_mb: usize,
-    /// Over how long load is averaged before shards follow it, in seconds; 0: they do not.
-    pub load_seconds: u64,
-    /// How one of several nodes is picked.
-    pub strategy: Strategy,
 }
 
 /// `[cache]`
@@ -659,6 +638,8 @@ pub struct Faults {
     pub cache_blind: bool,
     /// How busy the node says it is, in thousandths, in place of how busy it is.
     pub busy_permille: Option<u32>,
+    /// How much of its memory the node says it uses, in thousandths, in place of how much it uses.
+    pub memory_permille: Option<u32>,
     /// The version of the cluster's protocol that the node claims to speak, and no other.
     pub protocol: Option<u32>,
 }

@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc, Mutex, PoisonError, Weak,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -94,14 +94,16 @@ pub struct Limits {
     max_active: AtomicUsize,
     idle: AtomicU64,
     think: AtomicU64,
+    full: AtomicBool,
 }
 
 impl Limits {
     fn of(config: &Config) -> Self {
         Self {
-            max_active: AtomicUsize::new(config.scaling.max_consciousness_instances),
+            max_active: AtomicUsize::new(config.scaling.limits.max_consciousness_instances),
             idle: AtomicU64::new(config.instances.idle_passivate_seconds),
             think: AtomicU64::new(config.cognition.think_seconds),
+            full: AtomicBool::new(false),
         }
     }
 
@@ -118,6 +120,16 @@ impl Limits {
     /// Longest thinking for one turn, where the profile does not say.
     pub fn think(&self) -> Duration {
         Duration::from_secs(self.think.load(Ordering::Relaxed))
+    }
+
+    /// Whether the node is full: work that can wait is refused.
+    pub fn is_full(&self) -> bool {
+        self.full.load(Ordering::Relaxed)
+    }
+
+    /// From here on it is so.
+    pub fn set_full(&self, full: bool) {
+        self.full.store(full, Ordering::Relaxed);
     }
 
     /// From here on at most so many; those that are too many leave within seconds, the ones idle for longest first.
@@ -203,6 +215,8 @@ pub struct Metrics {
     pub activations: metrics::Counter,
     /// Passivations.
     pub passivations: metrics::Counter,
+    /// Stimuli of the background class refused because the node is full.
+    pub refused: metrics::Counter,
     /// Instances in memory.
     pub active: metrics::Gauge,
     /// What attention made of stimuli.
@@ -280,6 +294,7 @@ impl Default for Metrics {
             panics: metrics::counter!(metric::PANICS),
             activations: metrics::counter!(metric::ACTIVATIONS),
             passivations: metrics::counter!(metric::PASSIVATIONS),
+            refused: metrics::counter!(metric::SCALING_REFUSED),
             active: metrics::gauge!(metric::ACTIVE),
             attention: Attended::new(),
         }

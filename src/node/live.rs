@@ -11,13 +11,15 @@ use arc_swap::ArcSwap;
 use tokio::sync::{Mutex, watch};
 
 use crate::{
+    cluster::member::{self, Member},
     config::{
         Config,
         live::{self, Change, Plan},
     },
     instance::environment::Environment,
     runtime::clock::Clock,
-    scaling::cache::Sizes,
+    scaling::{cache::Sizes, pool::Limits},
+    store::{Store, set_slow_threshold},
     telemetry::{log, metric},
 };
 
@@ -38,6 +40,10 @@ fn names(changes: &[Change]) -> String {
 
 /// The parts of a node that read live settings.
 pub(super) struct Parts {
+    /// The truth.
+    pub store: Arc<dyn Store>,
+    /// The node's part in its cluster.
+    pub member: Member,
     /// Instances.
     pub environment: Arc<Environment>,
     /// How often the store is searched for what waits.
@@ -49,12 +55,22 @@ type Tell = fn(&Parts, &Config);
 
 /// Who reads each live setting.
 const READERS: &[(&str, Tell)] = &[
+    ("scaling.horizontal_scaling_enabled", |parts, config| parts.member.set_alone(!config.scales_out())),
     ("scaling.max_consciousness_instances", |parts, config| {
-        parts.environment.limits.set_max_active(config.scaling.max_consciousness_instances);
+        parts.environment.limits.set_max_active(config.scaling.limits.max_consciousness_instances);
     }),
     ("scaling.cache_l1_size_mb", resize),
     ("scaling.cache_l2_size_mb", resize),
     ("scaling.cache_l3_size_mb", resize),
+    ("scaling.connection_pool_size", |parts, config| parts.store.resize(pool(config))),
+    ("scaling.pool_overflow", |parts, config| parts.store.resize(pool(config))),
+    ("scaling.pool_wait_seconds", |parts, config| parts.store.resize(pool(config))),
+    ("scaling.pool_recycle_seconds", |parts, config| parts.store.resize(pool(config))),
+    ("scaling.auto_scaling_threshold_cpu", set_thresholds),
+    ("scaling.auto_scaling_threshold_memory", set_thresholds),
+    ("scaling.full_after_seconds", set_thresholds),
+    ("scaling.spare_after_seconds", set_thresholds),
+    ("store.slow_query_ms", |_, config| set_slow_threshold(slow(config))),
     ("instances.idle_passivate_seconds", |parts, config| {
         parts.environment.limits.set_idle(Duration::from_secs(config.instances.idle_passivate_seconds));
     }),
@@ -75,6 +91,26 @@ const READERS: &[(&str, Tell)] = &[
 /// All three at once; a tier whose size is as before does nothing.
 fn resize(parts: &Parts, config: &Config) {
     parts.environment.cache.resize(Sizes::of(&config.scaling));
+}
+
+fn set_thresholds(parts: &Parts, config: &Config) {
+    parts.member.balancer().set_thresholds(member::thresholds(&config.scaling));
+}
+
+/// The pool of a store's readers.
+pub(super) fn pool(config: &Config) -> Limits {
+    Limits {
+        size: config.scaling.limits.connection_pool_size,
+        overflow: config.scaling.pool_overflow,
+        wait: config.scaling.pool_wait(),
+        recycle: config.scaling.pool_recycle(),
+        waiting: Limits::WAITING,
+    }
+}
+
+/// Statements that take as long are told.
+pub(super) const fn slow(config: &Config) -> Duration {
+    Duration::from_millis(config.store.slow_query_ms)
 }
 
 /// How often the store is searched for what waits.
@@ -119,6 +155,13 @@ impl Live {
             return Ok(changes);
         }
         log::filter(&new.telemetry.log).map_err(|error| Refused::Part(format!("telemetry.log: {error}")))?;
+        if old.scales_out() && !new.scales_out() {
+            self.parts.member.may_be_alone().map_err(|error| {
+                Refused::Part(format!(
+                    "scaling.horizontal_scaling_enabled: {error}; drain it first, or leave this as it is"
+                ))
+            })?;
+        }
         for (name, tell) in READERS {
             if changes.iter().any(|change| live::live(&change.key).is_some_and(|key| key.name == *name)) {
                 tell(&self.parts, &new);

@@ -21,9 +21,12 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use crate::types::{
-    Fault, InstanceId, InstanceKey, Kind, Millis, Profile, StateSnapshot, Step, Stimulus, StimulusId, TenantId,
-    TurnRecord,
+use crate::{
+    scaling::pool::{Limits, Places},
+    types::{
+        Fault, InstanceId, InstanceKey, Kind, Millis, Profile, StateSnapshot, Step, Stimulus, StimulusId, TenantId,
+        TurnRecord,
+    },
 };
 
 mod check;
@@ -37,10 +40,12 @@ pub(crate) mod record;
 pub(crate) mod replay;
 pub mod roaming;
 mod scope;
+mod slow;
 pub mod sqlite;
 
 pub use journal::Journal;
 pub use scope::{Feed, Scope};
+pub use slow::set_threshold as set_slow_threshold;
 
 /// Most instances [`Reader::locate`] names.
 pub const MAX_LOCATED: usize = 10;
@@ -663,6 +668,12 @@ pub trait Reader: Send + Sync + 'static {
 pub trait Store: Writer + Reader {
     /// Woken after each commit that carries turns with effects. A hint: `delivery` also looks periodically.
     fn outgoing_hint(&self) -> Arc<tokio::sync::Notify>;
+    /// Its pools, for figures and readiness; none where nothing is bounded.
+    fn pools(&self) -> Vec<Arc<Places>> {
+        Vec::new()
+    }
+    /// From here on its reads have these places. Returns at once; reads under way are finished.
+    fn resize(&self, _pool: Limits) {}
     /// Commits what is queued, checkpoints and closes; later submissions fail with [`Error::Closed`].
     fn close(&self);
 }

@@ -185,6 +185,32 @@ metrics! {
     CONFIG_RELOADS = Counter "sophont_config_reloads_total";
     /// When settings last changed, in seconds since 1970; 0 or absent if never.
     CONFIG_CHANGED = Gauge "sophont_config_changed_timestamp_seconds";
+    /// Places of a pool that are kept ready, by pool.
+    POOL_SIZE = Gauge "sophont_scaling_pool_size";
+    /// Places of a pool that are in use, by pool.
+    POOL_IN_USE = Gauge "sophont_scaling_pool_in_use";
+    /// Callers that wait for a place, by pool.
+    POOL_WAITING = Gauge "sophont_scaling_pool_waiting";
+    /// Time from asking for a place to having it in seconds, by pool.
+    POOL_WAIT_SECONDS = Histogram "sophont_scaling_pool_wait_seconds";
+    /// Callers that got no place, by pool and reason (`full`, `late`).
+    POOL_REFUSED = Counter "sophont_scaling_pool_refused_total";
+    /// Whether a pool was too small for what was asked of it in the last minute, by pool: 1 or 0.
+    POOL_SATURATED = Gauge "sophont_scaling_pool_saturated";
+    /// Connections that were closed while idle, by reason (`broken`, `age`, `overflow`).
+    POOL_RECYCLED = Counter "sophont_scaling_pool_recycled_total";
+    /// Statements that took as long as `store.slow_query_ms` or longer, by backend.
+    STORE_SLOW = Counter "sophont_store_slow_statements_total";
+    /// Statements sent to PostgreSQL, by whether they stood prepared on their connection (`hit`) or were prepared first (`miss`).
+    STORE_STATEMENTS = Counter "sophont_store_prepared_statements_total";
+    /// Whether this node is full: above a threshold of its processors or memory for a while: 1 or 0.
+    SCALING_FULL = Gauge "sophont_scaling_full";
+    /// Share of the memory this process may use that it uses.
+    SCALING_MEMORY = Gauge "sophont_scaling_memory_ratio";
+    /// Nodes that would bring the load to its thresholds, as this node sees it; the largest of all nodes counts.
+    SCALING_DESIRED = Gauge "sophont_scaling_desired_nodes";
+    /// Stimuli of the background class that were refused because the node is full.
+    SCALING_REFUSED = Counter "sophont_scaling_refused_background_total";
     /// Stimuli for instances of other nodes, by way (`sent`, `lodged`); one may go both ways.
     FORWARDED = Counter "sophont_cluster_forwarded_stimuli_total";
     /// Stimuli on their way to other nodes and not durable yet.

@@ -292,7 +292,7 @@ async fn a_patch_insists_on_its_version_and_a_bad_one_is_refused() {
 
 #[actix_rt::test]
 async fn instances_leave_when_the_house_is_full_and_come_back_unchanged() {
-    let house = House::build(|config| config.scaling.max_consciousness_instances = 20).await;
+    let house = House::build(|config| config.scaling.limits.max_consciousness_instances = 20).await;
     for round in 1..=2u64 {
         for n in 0..200 {
             let key = key(&format!("i{n}"));

@@ -9,7 +9,10 @@ use std::sync::{
 use sophont::{
     config::{self, RowSecurity},
     runtime::clock::Clock,
-    store::{Error, Head, Reader as _, Store as _, Work, postgres::PostgresStore},
+    store::{
+        Error, Head, Reader as _, Store as _, Work,
+        postgres::{Options, PostgresStore},
+    },
     types::TenantId,
 };
 use tokio::{
@@ -18,7 +21,9 @@ use tokio::{
 };
 
 use crate::{
-    store_contract::{SHARDS, commit, decide, id, key_of, open_postgres, postgres_settings, stimulus},
+    store_contract::{
+        SHARDS, commit, decide, id, key_of, open_postgres, open_postgres_with, pool, postgres_settings, stimulus,
+    },
     support::{PATIENCE, Postgres, postgres},
 };
 
@@ -196,8 +201,8 @@ async fn a_read_under_guard_is_one_round_trip() {
         config.postgres.direct_url.clone_from(&url);
         config.postgres.pooler = pooled;
         config.postgres.row_security = RowSecurity::Require;
-        config.postgres.pool = 1;
-        let store = open_postgres(&config).await;
+        let options = Options { pool: pool(1), ..Options::default() };
+        let store = open_postgres_with(&config, options).await;
         fill(&store).await;
         let key = key_of("acme", "lamp");
         // Now the connection stands, and the statements are prepared.

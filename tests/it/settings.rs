@@ -6,7 +6,9 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 use sophont::telemetry::metric as name;
 
-use crate::support::{About, Http, Node, PATIENCE, http::echo, metric, wait_until};
+use crate::support::{
+    About, Http, Node, PATIENCE, cluster::Cluster, http::echo, metric, postgres, redis::Redis, wait_until,
+};
 
 /// A node with this configuration.
 async fn node(config: &str) -> Node {
@@ -166,5 +168,169 @@ async fn a_switched_link_is_another_file_and_a_missing_file_is_none() {
     node.signal(Signal::SIGHUP);
     until_told(&node, "cannot read the configuration file").await;
     assert_eq!(in_force(&http, LIMIT).await, 12.0);
+    http.say("lamp", "s1", "hello").await.expect(200);
+}
+
+/// Threads of a node whose name begins so.
+fn threads(node: &Node, name: &str) -> usize {
+    let tasks = fs::read_dir(format!("/proc/{}/task", node.pid())).expect("the process runs");
+    let names = tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    names.filter(|found| found.starts_with(name)).count()
+}
+
+#[tokio::test]
+async fn as_many_threads_read_the_data_folder_as_the_file_says() {
+    let config = |size: usize| format!("[store]\nreaders = 4\n[scaling]\nconnection_pool_size = {size}\n");
+    let node = node(&config(9)).await;
+    let http = node.client();
+    assert_eq!(threads(&node, "store-read"), 4, "at most one for each of store.readers");
+    for size in [1, 3] {
+        edit(&node, &config(size));
+        wait_until("there are so many", PATIENCE, async || threads(&node, "store-read") == size).await;
+        assert_eq!(in_force(&http, "scaling.connection_pool_size").await, size as f64);
+        assert_eq!(metric(&http, &format!("{}{{pool=\"sqlite_readers\"}}", name::POOL_SIZE)).await, size as f64);
+        for n in 0..20 {
+            http.get(&format!("/v1/instances/nobody-{size}-{n}")).await.expect(404);
+        }
+    }
+}
+
+/// A table is locked, so that each read takes its connection and stays.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn as_many_connections_read_a_database_as_the_file_says_and_what_is_slow_or_strained_is_told() {
+    let url = postgres::shared().database().await;
+    let config = |size: usize, overflow: usize, slow: usize| {
+        format!(
+            "[store]\nbackend = \"postgres\"\nslow_query_ms = {slow}\n[store.postgres]\nurl = \"{url}\"\nlock_ms = 60000\n\
+             statement_ms = 60000\n[scaling]\nconnection_pool_size = {size}\npool_overflow = {overflow}\n"
+        )
+    };
+    let node = node(&config(1, 1, 0)).await;
+    let http = node.client();
+    let admin = postgres::connect(&url).await;
+    let watch = postgres::connect(&url).await;
+    let blocked = async || {
+        let count = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'instances'::regclass \
+                     AND database = (SELECT oid FROM pg_database WHERE datname = current_database())";
+        watch.query_one(count, &[]).await.unwrap().get::<_, i64>(0)
+    };
+    admin.batch_execute("BEGIN; LOCK TABLE instances IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    let reads: Vec<_> = (0..6)
+        .map(|n| {
+            let http = http.clone();
+            tokio::spawn(async move { http.get(&format!("/v1/instances/i{n}/state")).await.status })
+        })
+        .collect();
+    wait_until("two wait for the server, the others for a connection", PATIENCE, async || {
+        let waiting = metric(&http, &format!("{}{{pool=\"postgres_readers\"}}", name::POOL_WAITING)).await;
+        blocked().await == 2 && waiting >= 4.0
+    })
+    .await;
+    until_told(&node, "a pool is too small for what is asked of it").await;
+    edit(&node, &config(3, 0, 500));
+    wait_until("three wait for the server", PATIENCE, async || blocked().await == 3).await;
+    admin.batch_execute("ROLLBACK").await.unwrap();
+    for read in reads {
+        assert_eq!(read.await.unwrap(), 404);
+    }
+    let strained = http.get("/health/ready").await.text;
+    assert!(strained.contains("postgres_readers: "), "readiness tells for a minute: {strained}");
+    until_told(&node, "slow statement").await;
+    assert!(told(&node, "SELECT turns") > 0 && metric(&http, name::STORE_SLOW).await > 0.0, "it is named");
+    let statements = metric(&http, &format!("{}{{result=\"miss\"}}", name::STORE_STATEMENTS)).await;
+    assert!(statements > 0.0, "statements are prepared once a connection");
+    edit(&node, &config(1, 0, 0));
+    wait_until("what is too much is closed", PATIENCE, async || {
+        metric(&http, &format!("{}{{reason=\"overflow\"}}", name::POOL_RECYCLED)).await >= 2.0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_node_is_full_beyond_its_thresholds_and_refuses_what_can_wait() {
+    for (key, claim, metric_of_all) in [("cpu", "busy_permille = 900", 2.0), ("memory", "memory_permille = 900", 2.0)] {
+        let config = |percent: u32| {
+            format!(
+                "[scaling]\nauto_scaling_threshold_{key} = {percent}\nfull_after_seconds = 1\nspare_after_seconds = 1\n\
+                 [faults]\n{claim}\n"
+            )
+        };
+        let node = node(&config(100)).await;
+        let http = node.client();
+        let load = async || http.get("/health/ready").await.expect(200)["checks"]["load"].clone();
+        let background = async |id: &str| {
+            let stimulus = json!({"id": id, "content": "hello", "priority": "background"});
+            http.post("/v1/instances/lamp/stimuli", &stimulus).await
+        };
+        background("s1").await.expect(200);
+        assert_eq!(load().await, "ok");
+        edit(&node, &config(80));
+        wait_until("it is full", PATIENCE, async || metric(&http, name::SCALING_FULL).await == 1.0).await;
+        let detail = load().await;
+        let setting = format!("scaling.auto_scaling_threshold_{key}");
+        assert!(detail.as_str().unwrap().contains(&setting), "readiness tells, and the node serves: {detail}");
+        let refused = background("s2").await;
+        refused.problem(503, "OVERLOADED");
+        assert_eq!(refused.header("retry-after"), "1");
+        assert_eq!(metric(&http, name::SCALING_REFUSED).await, 1.0);
+        http.say("lamp", "s3", "a person").await.expect(200);
+        wait_until("another node is wanted", PATIENCE, async || {
+            metric(&http, name::SCALING_DESIRED).await == metric_of_all
+        })
+        .await;
+        edit(&node, &config(100));
+        wait_until("it has room", PATIENCE, async || metric(&http, name::SCALING_FULL).await == 0.0).await;
+        background("s4").await.expect(200);
+        wait_until("one node is enough", PATIENCE, async || metric(&http, name::SCALING_DESIRED).await == 1.0).await;
+        assert_eq!(load().await, "ok");
+    }
+}
+
+/// Of two nodes the one whose memory is full gives shards away, by what it says in its reports.
+#[tokio::test]
+async fn a_full_node_gives_shards_away() {
+    let cluster = Cluster::build_uneven(2, true, |number, builder| {
+        let builder =
+            builder.arg("--set").arg("scaling.full_after_seconds=1").arg("--set").arg("scaling.load_seconds=1");
+        if number == 0 { builder.arg("--set").arg("faults.memory_permille=950") } else { builder }
+    })
+    .await;
+    wait_until("it has clearly fewer shards", PATIENCE, async || {
+        let rows = cluster.rows(1).await;
+        let of = |name: &str, key: &str| {
+            rows.iter().find(|row| row["name"] == name).and_then(|row| row[key].as_u64()).unwrap_or_default()
+        };
+        of("n0", "weight") < 80 && of("n0", "shards") + 4 <= of("n1", "shards") && of("n0", "shards") > 0
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn whether_a_node_is_one_of_several_changes_while_it_runs() {
+    let (url, redis) = (postgres::shared().database().await, Redis::start().await);
+    let config = |name: &str, several: bool| {
+        format!(
+            "[node]\nname = \"{name}\"\n[store]\nbackend = \"postgres\"\n[store.postgres]\nurl = \"{url}\"\nlanes = 1\n\
+             [cluster]\nshards = 8\n[redis]\nurl = \"{}\"\n[scaling]\nhorizontal_scaling_enabled = {several}\n",
+            redis.url()
+        )
+    };
+    let first = node(&config("n0", false)).await;
+    let http = first.client();
+    let mut second = node(&config("n1", true)).await;
+    until_told(&first, "other nodes joined").await;
+    assert_eq!(metric(&http, name::BUS_SENT).await, 0.0, "it says nothing on the bus");
+    edit(&first, &config("n0", true));
+    wait_until("it speaks to the other", PATIENCE, async || metric(&http, name::BUS_SENT).await > 0.0).await;
+    edit(&first, &config("n0", false));
+    until_told(&first, "is alive in this database; drain it first").await;
+    assert_eq!(in_force(&http, "scaling.horizontal_scaling_enabled").await, 1.0, "nothing has changed");
+    second.term();
+    assert!(second.wait_exit(PATIENCE).await.success());
+    wait_until("it may be alone again", PATIENCE, async || {
+        first.signal(Signal::SIGHUP);
+        in_force(&http, "scaling.horizontal_scaling_enabled").await == 0.0
+    })
+    .await;
     http.say("lamp", "s1", "hello").await.expect(200);
 }

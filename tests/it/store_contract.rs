@@ -9,12 +9,13 @@ use std::{collections::BTreeMap, sync::Arc};
 use sophont::{
     config,
     runtime::clock::Clock,
+    scaling::pool::Limits,
     store::{
         Committed, DeadLetter, Done, Error, Feed, Fence, Head, Known, MqttRow, MqttWrite, Pending, Rejection, Scope,
         Shipping, Store, Unit, Work,
         memory::MemoryStore,
         ownership::{Claim, Joining, Ownership},
-        postgres::PostgresStore,
+        postgres::{Options as PostgresOptions, PostgresStore},
         sqlite::{Options, SqliteStore},
     },
     types::{
@@ -51,6 +52,7 @@ pub fn settings() -> config::Store {
         max_queue: 4096,
         readers: 2,
         cache_mb: 4,
+        slow_query_ms: 0,
         postgres: config::Config::default().store.postgres,
     }
 }
@@ -62,14 +64,23 @@ pub fn postgres_settings(url: &str) -> config::Store {
     config.durability = config::Durability::Full;
     config.postgres.url = url.into();
     config.postgres.lanes = 2;
-    config.postgres.pool = 4;
     config
 }
 
+/// So many connections for reads and no more.
+pub fn pool(size: usize) -> Limits {
+    Limits { size, overflow: 0, ..Limits::default() }
+}
+
 pub async fn open_postgres(config: &config::Store) -> Arc<PostgresStore> {
+    open_postgres_with(config, PostgresOptions { pool: pool(4), ..PostgresOptions::default() }).await
+}
+
+pub async fn open_postgres_with(config: &config::Store, options: PostgresOptions) -> Arc<PostgresStore> {
     let (config, runtime) = (config.clone(), postgres::runtime());
-    let opening =
-        runtime.clone().spawn(async move { PostgresStore::open(&config, SHARDS, Clock::System, runtime).await });
+    let opening = runtime
+        .clone()
+        .spawn(async move { PostgresStore::open_with(&config, SHARDS, Clock::System, runtime, options).await });
     opening.await.unwrap().unwrap()
 }
 

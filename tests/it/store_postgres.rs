@@ -14,6 +14,7 @@ use std::{
 
 use sophont::{
     runtime::clock::Clock,
+    scaling::pool::Limits,
     store::{
         Done, Error, Feed, Head, Reader as _, Rejection, Store as _, Unit, Work, Writer as _,
         postgres::{Options, PostgresStore},
@@ -27,8 +28,8 @@ use tokio::{
 
 use crate::{
     store_contract::{
-        SHARDS, Subject, commit, decide, effect, fence, id, key, open_postgres, postgres_settings, record, stimulus,
-        turns,
+        SHARDS, Subject, commit, decide, effect, fence, id, key, open_postgres, open_postgres_with, pool,
+        postgres_settings, record, stimulus, turns,
     },
     support::{Node, PATIENCE, Postgres, http, postgres, wait_until},
 };
@@ -347,8 +348,9 @@ async fn a_shard_that_is_locked_holds_up_itself_alone() {
 async fn reads_that_take_too_long_fail_and_come_back() {
     let url = postgres::shared().database().await;
     let mut config = postgres_settings(&url);
-    (config.postgres.statement_ms, config.postgres.wait_ms, config.postgres.pool) = (300, 100, 1);
-    let store = open_postgres(&config).await;
+    config.postgres.statement_ms = 300;
+    let pool = Limits { wait: Duration::from_millis(100), ..pool(1) };
+    let store = open_postgres_with(&config, Options { pool, ..Options::default() }).await;
     decide(&*store, &key("a"), Head::default(), &[None]).await.unwrap();
     let admin = postgres::connect(&url).await;
     admin.batch_execute("BEGIN; LOCK TABLE instances IN ACCESS EXCLUSIVE MODE").await.unwrap();

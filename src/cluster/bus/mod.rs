@@ -1,6 +1,6 @@
 //! The bus between nodes: messages that are lost without harm, in order between two nodes while they arrive.
 //!
-//! Owns: the trait [`Bus`] and what crosses it ([`message`], [`frame`]). Implementations: [`process`] (tests, simulation,
+//! Owns: the trait [`Bus`] and what crosses it ([`message`], [`frame`]). Implementations: [`gate`] (before another one), [`process`] (tests, simulation,
 //! faults on demand), [`redis`], and [`Off`] for a node without one. Not here: what a message makes a node do
 //! (`cluster::forward`), who is a member (`cluster::membership`).
 //!
@@ -22,6 +22,7 @@ use crate::{
 };
 
 pub mod frame;
+pub mod gate;
 pub mod message;
 pub mod process;
 pub mod redis;

@@ -12,7 +12,7 @@ use crate::{
         inbox::{BEHIND, Waiter, Waiting},
         turn::{self, Mind},
     },
-    types::{Step, Stimulus, StimulusId},
+    types::{Priority, Step, Stimulus, StimulusId},
 };
 
 /// A stimulus arrives.
@@ -35,6 +35,7 @@ impl Handler<Deliver> for InstanceActor {
         if waiter.is_behind_a_refusal() {
             return waiter.tell(Err(Error::Overloaded(BEHIND)));
         }
+        let can_wait = stimulus.priority == Priority::Background && self.environment.limits.is_full();
         let agenda = self.agenda();
         if stimulus.repeatable {
             let in_hand = agenda.thinking.as_mut().and_then(|t| t.in_hand_mut().find(|w| w.stimulus.id == stimulus.id));
@@ -52,6 +53,11 @@ impl Handler<Deliver> for InstanceActor {
         }
         if agenda.inbox.len() >= limit {
             return waiter.tell(Err(Error::InboxFull(limit)));
+        }
+        // What can wait waits for a node with room.
+        if can_wait {
+            self.environment.metrics.refused.increment(1);
+            return waiter.tell(Err(Error::Overloaded("the node is full and takes no work of the background class")));
         }
         agenda.inbox.push(Waiting::arrived(stimulus, expected, waiter));
         self.ensure_active(ctx);

@@ -103,9 +103,9 @@ impl Sizes {
     /// Those of the settings.
     pub const fn of(scaling: &config::Scaling) -> Self {
         Self {
-            l1: scaling.cache_l1_size_mb as u64 * MIB,
-            l2: scaling.cache_l2_size_mb as u64 * MIB,
-            l3: scaling.cache_l3_size_mb as u64 * MIB,
+            l1: scaling.limits.cache_l1_size_mb as u64 * MIB,
+            l2: scaling.limits.cache_l2_size_mb as u64 * MIB,
+            l3: scaling.limits.cache_l3_size_mb as u64 * MIB,
         }
     }
 }

@@ -154,19 +154,18 @@ impl Target {
         Ok((client, task))
     }
 
-    /// A pool of at most `size` connections.
+    /// Connections kept, at most `most`; who may have one is decided elsewhere.
     ///
     /// # Errors
     /// [`Error::Backend`].
-    pub(super) fn pool(&self, size: usize, wait: Duration) -> Result<Pool, Error> {
+    pub(super) fn pool(&self, most: usize) -> Result<Pool, Error> {
         let manager = Manager::from_connect(
             self.config.clone(),
             self.clone(),
             ManagerConfig { recycling_method: RecyclingMethod::Fast },
         );
         Pool::builder(manager)
-            .max_size(size)
-            .wait_timeout(Some(wait))
+            .max_size(most)
             .runtime(deadpool_postgres::Runtime::Tokio1)
             .build()
             .map_err(|e| Error::Backend(e.to_string()))

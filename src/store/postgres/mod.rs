@@ -5,7 +5,7 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | `connect` | connections, sessions, migrations, errors |
+//! | `connect`, `connections` | connections, sessions, migrations, errors; pools of them |
 //! | `sql` | a statement; a connection that runs it, prepared or not |
 //! | `lane` | the task that commits |
 //! | `decide`, `writes` | what becomes of a unit; what a batch writes |
@@ -22,6 +22,7 @@
 
 mod chores;
 mod connect;
+mod connections;
 mod decide;
 mod feeds;
 mod guard;
@@ -47,7 +48,6 @@ use std::{
 };
 
 use async_trait::async_trait;
-use deadpool_postgres::Pool;
 use tokio::{
     runtime::Handle,
     sync::{Notify, mpsc},
@@ -58,6 +58,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::{
     connect::{Failure, Target},
+    connections::Connections,
     feeds::Feeds,
     lane::{Job, Lane},
     ownership::Sessions,
@@ -72,6 +73,7 @@ use super::{
 use crate::{
     config,
     runtime::clock::Clock,
+    scaling::pool::{Limits, Places},
     telemetry::metric,
     types::{InstanceId, InstanceKey, Millis, StateSnapshot, StimulusId, TenantId, TurnRecord},
 };
@@ -90,6 +92,8 @@ pub struct Options {
     pub dedupe: bool,
     /// Whether only the owner of a shard may write for it: the negative control of the cluster tests turns it off.
     pub fenced: bool,
+    /// Connections for reads, and how long they may be waited for.
+    pub pool: Limits,
     /// How long a batch that was surely not written is tried again while there is no connection.
     pub patience: Duration,
     /// Commits fail with [`Error::Full`] while this file exists.
@@ -102,6 +106,7 @@ impl Default for Options {
         Self {
             dedupe: true,
             fenced: true,
+            pool: Limits::default(),
             patience: Duration::from_secs(5),
             #[cfg(feature = "faults")]
             disk_full_file: None,
@@ -133,7 +138,7 @@ struct Shared {
     /// Opens a transaction; behind a pooler with its settings.
     begin: String,
     prepared: bool,
-    writers: Pool,
+    writers: Arc<Connections>,
     hint: Arc<Notify>,
     feeds: Feeds,
     metrics: Metrics,
@@ -145,8 +150,7 @@ struct Shared {
 
 impl Shared {
     async fn writer(&self) -> Result<Conn, Failure> {
-        let client = self.writers.get().await.map_err(|e| no_connection(&e))?;
-        Ok(Conn::new(client, self.prepared))
+        Ok(Conn::new(self.writers.get().await?, self.prepared))
     }
 
     fn queued(&self) -> usize {
@@ -173,7 +177,7 @@ fn no_connection(error: &deadpool_postgres::PoolError) -> Failure {
 /// The store. Dropping it without [`Store::close`] abandons what is queued.
 pub struct PostgresStore {
     shared: Arc<Shared>,
-    readers: Pool,
+    readers: Arc<Connections>,
     replica: Option<Replica>,
     guarded: bool,
     direct: Target,
@@ -222,7 +226,7 @@ impl PostgresStore {
         };
         connect::migrate(&direct).await?;
         let lanes = lanes(settings.lanes, std::thread::available_parallelism().map_or(1, usize::from));
-        let wait = Duration::from_millis(settings.wait_ms);
+        let writers = Limits { size: lanes + 1 + OTHER_WRITERS, overflow: 0, ..options.pool };
         let begin =
             if pooled { format!("BEGIN; {}", connect::settings(config, "SET LOCAL")) } else { String::from("BEGIN") };
         let shared = Arc::new(Shared {
@@ -235,7 +239,7 @@ impl PostgresStore {
             disk_full_file: options.disk_full_file,
             begin,
             prepared: !pooled,
-            writers: target.pool(lanes + 1 + OTHER_WRITERS, wait)?,
+            writers: Connections::new(&target, "postgres_writers", writers)?,
             hint: Arc::default(),
             feeds: Feeds::new(shards),
             metrics: Metrics {
@@ -255,7 +259,7 @@ impl PostgresStore {
             Some(url) => {
                 let target = Target::new(connect::expose(url), config, pooled, handle.clone())?;
                 let flushes = config.durability == config::Durability::Full;
-                Some(Replica::new(target.pool(settings.pool.max(1), wait)?, flushes, !pooled))
+                Some(Replica::new(Connections::new(&target, "postgres_replica", options.pool)?, flushes, !pooled))
             }
             None => None,
         };
@@ -268,9 +272,12 @@ impl PostgresStore {
             all.tasks.push(handle.spawn(lane.run()));
         }
         handle.spawn(chores::run(Arc::downgrade(&shared)));
+        let readers = Connections::new(&target, "postgres_readers", options.pool)?;
+        let pools = [Some(&readers), Some(&shared.writers), replica.as_ref().map(Replica::connections)];
+        handle.spawn(connections::tend(pools.into_iter().flatten().map(Arc::downgrade).collect()));
         Ok(Arc::new(Self {
             shared,
-            readers: target.pool(settings.pool.max(1), wait)?,
+            readers,
             replica,
             guarded,
             direct,
@@ -361,10 +368,8 @@ impl PostgresStore {
             if self.shared.closed.is_cancelled() {
                 return Err(Error::Closed);
             }
-            let read = async {
-                let client = self.readers.get().await.map_err(|e| no_connection(&e))?;
-                Conn::new(client, self.shared.prepared).read(guard, sql, params).await
-            };
+            let read =
+                async { Conn::new(self.readers.get().await?, self.shared.prepared).read(guard, sql, params).await };
             tries += 1;
             match read.await {
                 Ok(rows) => return Ok(rows),
@@ -568,6 +573,17 @@ impl Reader for PostgresStore {
 impl Store for PostgresStore {
     fn outgoing_hint(&self) -> Arc<Notify> {
         Arc::clone(&self.shared.hint)
+    }
+
+    fn pools(&self) -> Vec<Arc<Places>> {
+        let all = [Some(&self.readers), Some(&self.shared.writers), self.replica.as_ref().map(Replica::connections)];
+        all.into_iter().flatten().map(|connections| connections.places().clone()).collect()
+    }
+
+    fn resize(&self, pool: Limits) {
+        for readers in [Some(&self.readers), self.replica.as_ref().map(Replica::connections)].into_iter().flatten() {
+            readers.places().resize(pool);
+        }
     }
 
     /// Must not be called on the runtime the store was opened with, unless that one has other threads: it waits for it.

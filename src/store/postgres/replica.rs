@@ -12,13 +12,12 @@ use std::{
     time::Duration,
 };
 
-use deadpool_postgres::Pool;
 use tokio::{sync::Mutex, time::Instant};
 use tokio_postgres::{Row, types::Type};
 
 use super::{
     connect::Failure,
-    no_connection,
+    connections::Connections,
     sql::{Conn, Param, Sql},
 };
 
@@ -38,7 +37,7 @@ const REACHED: Sql = Sql {
 
 /// A replica.
 pub(super) struct Replica {
-    pool: Pool,
+    pool: Arc<Connections>,
     /// Whether acknowledgements wait for the disk.
     flushes: bool,
     prepared: bool,
@@ -54,7 +53,7 @@ pub(super) struct Replica {
 
 impl Replica {
     /// A replica behind this pool.
-    pub(super) fn new(pool: Pool, flushes: bool, prepared: bool) -> Self {
+    pub(super) fn new(pool: Arc<Connections>, flushes: bool, prepared: bool) -> Self {
         Self {
             pool,
             flushes,
@@ -71,6 +70,11 @@ impl Replica {
         self.served.load(Ordering::Relaxed)
     }
 
+    /// Its connections.
+    pub(super) const fn connections(&self) -> &Arc<Connections> {
+        &self.pool
+    }
+
     /// Closes its connections.
     pub(super) fn close(&self) {
         self.pool.close();
@@ -79,7 +83,7 @@ impl Replica {
     /// What the replica has, if that is everything.
     pub(super) async fn rows(
         &self,
-        primary: &Pool,
+        primary: &Connections,
         guard: Option<&TenantId>,
         sql: &Sql,
         params: &[Param<'_>],
@@ -104,13 +108,13 @@ impl Replica {
 
     async fn try_rows(
         &self,
-        primary: &Pool,
+        primary: &Connections,
         guard: Option<&TenantId>,
         sql: &Sql,
         params: &[Param<'_>],
     ) -> Result<Option<Vec<Row>>, Failure> {
         let end = self.end_of_log(primary).await?;
-        let conn = Conn::new(self.pool.get().await.map_err(|e| no_connection(&e))?, self.prepared);
+        let conn = Conn::new(self.pool.get().await?, self.prepared);
         conn.prepare(&REACHED).await?;
         conn.prepare(sql).await?;
         // In this order: what was replayed at the first stands at the second.
@@ -121,14 +125,14 @@ impl Replica {
     }
 
     /// How far the primary's log went at some time after this was called.
-    async fn end_of_log(&self, primary: &Pool) -> Result<Arc<str>, Failure> {
+    async fn end_of_log(&self, primary: &Connections) -> Result<Arc<str>, Failure> {
         let needed = self.begun.load(Ordering::Acquire) + 1;
         let mut last = self.last.lock().await;
         if last.0 >= needed {
             return Ok(Arc::clone(&last.1));
         }
         let number = self.begun.fetch_add(1, Ordering::AcqRel) + 1;
-        let conn = Conn::new(primary.get().await.map_err(|e| no_connection(&e))?, self.prepared);
+        let conn = Conn::new(primary.get().await?, self.prepared);
         let found = conn.run(if self.flushes { &FLUSHED } else { &WRITTEN }, &[]).await?;
         let end = found.first().map(|row| row.try_get::<_, &str>(0)).transpose()?.unwrap_or_default();
         *last = (number, Arc::from(end));

@@ -4,13 +4,16 @@
 //! Invariant: once prepared, a statement is on its way when its future was polled once, so that several are sent in one
 //! round trip in the order in which they are first polled.
 
+use std::time::Instant;
+
 use deadpool_postgres::Object;
 use tokio_postgres::{
-    Row,
+    Row, Statement,
     types::{ToSql, Type},
 };
 
-use super::connect::Failure;
+use super::{connect::Failure, connections::Held};
+use crate::{scaling::pool::Place, store::slow, telemetry::metric};
 
 /// A statement.
 #[derive(Debug)]
@@ -28,12 +31,14 @@ pub(super) type Param<'a> = &'a (dyn ToSql + Sync);
 pub(super) struct Conn {
     client: Object,
     prepared: bool,
+    /// Given back when the connection is.
+    _place: Place,
 }
 
 impl Conn {
     /// Wraps a pool's connection.
-    pub(super) fn new(client: Object, prepared: bool) -> Self {
-        Self { client, prepared }
+    pub(super) fn new(held: Held, prepared: bool) -> Self {
+        Self { client: held.client, prepared, _place: held.place }
     }
 
     /// Whether the server has gone away.
@@ -49,19 +54,36 @@ impl Conn {
     /// Makes sure that the statement can be sent at once.
     pub(super) async fn prepare(&self, sql: &Sql) -> Result<(), Failure> {
         if self.prepared {
-            self.client.prepare_typed_cached(sql.text, sql.types).await?;
+            let began = Instant::now();
+            let prepared = self.statement(sql).await;
+            slow::note("postgres", sql.text, began.elapsed());
+            prepared?;
         }
         Ok(())
     }
 
+    /// The statement as it stands prepared on this connection, prepared now if it does not.
+    async fn statement(&self, sql: &Sql) -> Result<Statement, Failure> {
+        let known = self.client.statement_cache.size();
+        let statement = self.client.prepare_typed_cached(sql.text, sql.types).await?;
+        // Several are prepared at once on one connection: the figures are about right.
+        let result = if self.client.statement_cache.size() > known { "miss" } else { "hit" };
+        metrics::counter!(metric::STORE_STATEMENTS, "result" => result).increment(1);
+        Ok(statement)
+    }
+
     /// Runs a statement.
     pub(super) async fn run(&self, sql: &Sql, params: &[Param<'_>]) -> Result<Vec<Row>, Failure> {
-        if self.prepared {
-            let statement = self.client.prepare_typed_cached(sql.text, sql.types).await?;
-            return Ok(self.client.query(&statement, params).await?);
-        }
-        let typed: Vec<(Param<'_>, Type)> = params.iter().copied().zip(sql.types.iter().cloned()).collect();
-        Ok(self.client.query_typed(sql.text, &typed).await?)
+        let began = Instant::now();
+        let rows = if self.prepared {
+            let statement = self.statement(sql).await?;
+            self.client.query(&statement, params).await
+        } else {
+            let typed: Vec<(Param<'_>, Type)> = params.iter().copied().zip(sql.types.iter().cloned()).collect();
+            self.client.query_typed(sql.text, &typed).await
+        };
+        slow::note("postgres", sql.text, began.elapsed());
+        Ok(rows?)
     }
 
     /// Runs statements without parameters.

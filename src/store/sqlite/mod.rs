@@ -65,6 +65,7 @@ use super::{
 use crate::{
     config,
     runtime::clock::Clock,
+    scaling::pool::{Limits, Places},
     types::{InstanceId, InstanceKey, Millis, StateSnapshot, StimulusId, TenantId, TurnRecord},
 };
 
@@ -76,6 +77,8 @@ const GENERATION_TURNS: usize = 32 * 1024;
 pub struct Options {
     /// Recognise repeated stimulus ids. Off only for the negative control of a test.
     pub dedupe: bool,
+    /// Threads that read, and how long they may be waited for.
+    pub pool: Limits,
     /// Turns that are folded together.
     pub generation_turns: usize,
     /// Commits fail with [`Error::Full`] while this file exists.
@@ -90,6 +93,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             dedupe: true,
+            pool: Limits::default(),
             generation_turns: GENERATION_TURNS,
             #[cfg(feature = "faults")]
             disk_full_file: None,
@@ -149,7 +153,7 @@ impl SqliteStore {
             abandoned: AtomicBool::new(false),
         });
         let (opened, ready) = std::sync::mpsc::sync_channel(1);
-        let max_batch = config.max_batch;
+        let (max_batch, pool) = (config.max_batch, options.pool);
         let for_writer = Arc::clone(&shared);
         let writer = spawn("store-write", move || {
             match WriterThread::open(&db, Arc::clone(&for_writer), options, max_batch, clock) {
@@ -168,8 +172,8 @@ impl SqliteStore {
             }
         })?;
         let opened = ready.recv().unwrap_or(Err(Error::Closed));
-        let started = opened.and_then(|()| Readers::start(folder, config, &shared));
-        let (readers, mut others) = match started {
+        let started = opened.and_then(|()| Readers::start(folder, config, pool, &shared));
+        let readers = match started {
             Ok(started) => started,
             Err(error) => {
                 shared.abandoned.store(true, Ordering::Release);
@@ -180,7 +184,7 @@ impl SqliteStore {
         };
         let for_checkpoints = schema::writer(folder, config)?;
         let checkpoints = shared.checkpoints.clone();
-        others.push(spawn("store-checkpoint", move || checkpoints.run(&for_checkpoints))?);
+        let others = vec![spawn("store-checkpoint", move || checkpoints.run(&for_checkpoints))?];
         let threads = Mutex::new(Some(Threads { writer, others, lock }));
         Ok(Arc::new(Self { shared, readers, folder: folder.to_path_buf(), quiet: Mutex::new((0, 0)), threads }))
     }
@@ -399,6 +403,14 @@ impl Reader for SqliteStore {
 impl Store for SqliteStore {
     fn outgoing_hint(&self) -> Arc<Notify> {
         Arc::clone(&self.shared.hint)
+    }
+
+    fn pools(&self) -> Vec<Arc<Places>> {
+        vec![self.readers.places().clone()]
+    }
+
+    fn resize(&self, pool: Limits) {
+        self.readers.resize(pool);
     }
 
     fn close(&self) {

@@ -9,11 +9,15 @@ use std::{
     time::Duration,
 };
 
-use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension as _, config::DbConfig};
+use rusqlite::{
+    Connection, ErrorCode, OpenFlags, OptionalExtension as _,
+    config::DbConfig,
+    trace::{TraceEvent, TraceEventCodes},
+};
 
 use crate::{
     config::{self, Durability},
-    store::Error,
+    store::{Error, slow},
 };
 
 /// The database, within the data folder.
@@ -90,7 +94,16 @@ pub(super) fn lock(folder: &Path) -> Result<FolderLock, Error> {
     Ok(FolderLock(file))
 }
 
-fn settings(db: &Connection, config: &config::Store) -> Result<(), rusqlite::Error> {
+fn settings(db: &mut Connection, config: &config::Store) -> Result<(), rusqlite::Error> {
+    db.trace_v2(
+        TraceEventCodes::SQLITE_TRACE_PROFILE,
+        Some(|event: TraceEvent<'_>| {
+            if let TraceEvent::Profile(statement, took) = event {
+                // The text as it was prepared: values are bound to it, not in it.
+                slow::note("sqlite", &statement.sql(), took);
+            }
+        }),
+    )?;
     db.busy_timeout(BUSY)?;
     db.set_prepared_statement_cache_capacity(STATEMENTS);
     // The last connection to close would checkpoint and remove the log; `close` does so, a crash (or a drop) does not.
@@ -103,8 +116,8 @@ fn settings(db: &Connection, config: &config::Store) -> Result<(), rusqlite::Err
 /// A connection that writes.
 pub(super) fn writer(folder: &Path, config: &config::Store) -> Result<Connection, Error> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let db = Connection::open_with_flags(folder.join(DATABASE), flags)?;
-    settings(&db, config)?;
+    let mut db = Connection::open_with_flags(folder.join(DATABASE), flags)?;
+    settings(&mut db, config)?;
     let mode: String = db.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0))?;
     if !mode.eq_ignore_ascii_case("wal") {
         return Err(Error::Backend(format!("the data folder allows no write-ahead log (journal mode {mode})")));
@@ -126,8 +139,8 @@ pub(super) fn writer(folder: &Path, config: &config::Store) -> Result<Connection
 /// page faults than the page cache costs copies.
 pub(super) fn reader(folder: &Path, config: &config::Store) -> Result<Connection, Error> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let db = Connection::open_with_flags(folder.join(DATABASE), flags)?;
-    settings(&db, config)?;
+    let mut db = Connection::open_with_flags(folder.join(DATABASE), flags)?;
+    settings(&mut db, config)?;
     db.pragma_update(None, "query_only", true)?;
     Ok(db)
 }
@@ -154,8 +167,45 @@ pub(super) fn migrate(db: &mut Connection) -> Result<(), Error> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
     use super::*;
+
+    #[derive(Clone, Default)]
+    struct Page(Arc<Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Page {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_slow_statement_is_named_without_its_values() {
+        let folder = tempfile::tempdir().unwrap();
+        let db = writer(folder.path(), &config::Config::default().store).unwrap();
+        db.execute_batch("CREATE TABLE lamps (name TEXT)").unwrap();
+        let page = Page::default();
+        let writer = page.clone();
+        let log = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
+        slow::set_threshold(Duration::from_millis(1));
+        tracing::subscriber::with_default(log, || {
+            // Long enough for any machine.
+            let slow = "SELECT count(*) FROM lamps, (WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n
+                        WHERE x < 2000000) SELECT x FROM n WHERE x > 1999999) WHERE name <> ?1";
+            db.execute("INSERT INTO lamps VALUES ('a')", []).unwrap();
+            db.query_row(slow, ["geheim"], |row| row.get::<_, i64>(0)).unwrap();
+        });
+        slow::set_threshold(Duration::ZERO);
+        let told = String::from_utf8(page.0.lock().unwrap().clone()).unwrap();
+        assert!(told.contains("slow statement") && told.contains("SELECT lamps"), "{told}");
+        assert!(!told.contains("geheim"), "{told}");
+    }
 
     #[test]
     fn a_copied_descriptor_does_not_keep_the_folder() {

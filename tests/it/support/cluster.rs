@@ -49,7 +49,7 @@ impl Cluster {
         for number in 0..count {
             let config = format!(
                 "[node]\nname = \"n{number}\"\nleave_seconds = 1\n[store]\nbackend = \"postgres\"\n[store.postgres]\n\
-                 url = \"{database}\"\nlanes = 2\npool = 4\n[cluster]\nshards = 24\n[redis]\nurl = \"{}\"\n",
+                 url = \"{database}\"\nlanes = 2\n[scaling]\nconnection_pool_size = 4\npool_overflow = 0\n[cluster]\nshards = 24\n[redis]\nurl = \"{}\"\n",
                 redis.as_ref().map(Redis::url).unwrap_or_default(),
             );
             nodes.push(change(number, Node::builder().config(&config).stable_ports()).start().await);

@@ -91,7 +91,8 @@ impl Cluster {
             format!("cluster.max_moves={}", Self::SHARDS),
             format!("redis.url={}", self.redis),
             String::from("store.postgres.lanes=2"),
-            String::from("store.postgres.pool=4"),
+            String::from("scaling.connection_pool_size=4"),
+            String::from("scaling.pool_overflow=0"),
         ];
         settings.into_iter().flat_map(|setting| [String::from("--set"), setting]).collect()
     }
