@@ -8,7 +8,10 @@ use std::{ffi::OsString, path::PathBuf, process::ExitCode};
 
 use clap::{Args, Parser, Subcommand, error::ErrorKind};
 
-use crate::config::{self, Loaded, Problem, Sources};
+use crate::config::{
+    self, Loaded, Problem, Sources,
+    preset::{self, Preset},
+};
 
 pub mod chat;
 pub mod check_history;
@@ -47,7 +50,7 @@ First steps, with the node running:
   sophont chat lamp
   curl -s http://127.0.0.1:8080/v1/instances/lamp/stimuli -H 'content-type: application/json' -d '{\"content\":\"hello\"}'
 
-Settings come from the defaults, then --config or ./sophont.toml, then SOPHONT__SECTION__KEY, then --set, then the flags
+Settings come from the defaults, then --preset, then --config or ./sophont.toml, then SOPHONT__SECTION__KEY, then --set, then the flags
 above; `sophont config print` shows them all.
 
 Exit codes: 0 done; 1 it could not start or failed; 2 wrong usage; 3 the drain ran out of time (nothing accepted is lost);
@@ -93,6 +96,9 @@ pub struct SettingsArgs {
     /// Configuration file; ./sophont.toml when it exists and none is named.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Settings for so many users: 1, 2-10, 10-50, 50-500 or 500+. Everything else goes before them.
+    #[arg(long, value_name = "NAME", value_parser = preset)]
+    preset: Option<Preset>,
     /// Folder of everything durable (node.data_dir).
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
@@ -105,6 +111,10 @@ pub struct SettingsArgs {
     /// One setting, such as store.durability=normal; may be repeated.
     #[arg(long, value_name = "SECTION.KEY=VALUE")]
     set: Vec<String>,
+}
+
+fn preset(name: &str) -> Result<Preset, String> {
+    Preset::named(name).ok_or_else(|| format!("there are presets for {} users", preset::names()))
 }
 
 impl SettingsArgs {
@@ -121,7 +131,7 @@ impl SettingsArgs {
         }
         let text = |text: OsString| text.to_string_lossy().into_owned();
         let env = std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect();
-        Sources { file: self.config.clone(), env, set: self.set.clone(), flags }
+        Sources { preset: self.preset, file: self.config.clone(), env, set: self.set.clone(), flags }
     }
 
     /// Reads all layers, and has the settings checked that only their owner understands.

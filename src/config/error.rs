@@ -11,6 +11,8 @@ use crate::types::{Fault, Kind};
 pub enum Origin {
     /// The file that is compiled in.
     Default,
+    /// A preset that is compiled in.
+    Preset(&'static str),
     /// A file, with line and column from 1.
     File {
         /// As it was named.
@@ -32,6 +34,7 @@ impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Origin::Default => f.write_str("default"),
+            Origin::Preset(name) => write!(f, "preset {name}"),
             Origin::File { path, line, column } => write!(f, "{}:{line}:{column}", path.display()),
             Origin::Env(name) => write!(f, "env {name}"),
             Origin::Set(key) => write!(f, "--set {key}"),

@@ -1,4 +1,4 @@
-//! Layers: the compiled-in file, a file, the environment, `--set`, flags. The last one that sets a key wins.
+//! Layers: the compiled-in file, a preset, a file, the environment, `--set`, flags. The last one that sets a key wins.
 //!
 //! Owns: reading the layers, decoding the result, and finding all that is wrong with it in one go.
 //! Not here: what values make sense (`check.rs`). Invariant: a [`Loaded`] has passed every check.
@@ -12,6 +12,7 @@ use toml::de::{DeTable, DeValue};
 use super::{
     Config, check, env,
     error::{Error, Origin, Origins, Problem, dotted},
+    preset::Preset,
     tree::{Tree, friendly},
 };
 
@@ -31,6 +32,8 @@ const MAX_PROBLEMS: usize = 32;
 /// What the settings are made from. The environment comes in as an argument.
 #[derive(Debug, Clone, Default)]
 pub struct Sources {
+    /// `--preset`: the lowest layer above the defaults.
+    pub preset: Option<Preset>,
     /// `--config`: this file and no other; it must exist.
     pub file: Option<PathBuf>,
     /// The environment; only names that begin with [`env::PREFIX`] are settings, all serve to find secrets.
@@ -71,6 +74,9 @@ struct Layers {
 /// [`Error::File`] when the file cannot be read, [`Error::Problems`] with all that is wrong otherwise.
 pub fn load(sources: &Sources) -> Result<Loaded, Error> {
     let mut layers = Layers { tree: defaults()?, origins: Origins::default(), problems: Vec::new() };
+    if let Some(preset) = &sources.preset {
+        layers.add_preset(preset)?;
+    }
     let usual = Path::new(USUAL_FILE);
     let file = sources.file.clone().or_else(|| usual.is_file().then(|| usual.to_owned()));
     if let Some(path) = &file {
@@ -142,6 +148,14 @@ impl Layers {
             Origin::File { path: path.to_owned(), line, column }
         };
         note_table(&mut self.origins, &mut Vec::new(), table.get_ref(), &place);
+        self.tree.merge(Tree::of_table(table.get_ref()));
+        Ok(())
+    }
+
+    fn add_preset(&mut self, preset: &Preset) -> Result<(), Error> {
+        let table = DeTable::parse(preset.text)
+            .map_err(|error| Error::Problems(vec![syntax(Path::new(preset.name), preset.text, &error)]))?;
+        note_table(&mut self.origins, &mut Vec::new(), table.get_ref(), &|_| Origin::Preset(preset.name));
         self.tree.merge(Tree::of_table(table.get_ref()));
         Ok(())
     }

@@ -18,6 +18,7 @@ pub mod env;
 mod error;
 pub mod live;
 mod load;
+pub mod preset;
 mod print;
 mod scaling;
 pub mod tools;

@@ -58,7 +58,9 @@ impl Loaded {
         match self.origins.exactly(path) {
             Some(origin) => origin.to_string(),
             None => match self.origins.of(path) {
-                super::Origin::File { .. } | super::Origin::Default => String::from("default"),
+                super::Origin::File { .. } | super::Origin::Preset(_) | super::Origin::Default => {
+                    String::from("default")
+                }
                 given_whole => given_whole.to_string(),
             },
         }

@@ -33,6 +33,7 @@ mod openai;
 mod overload;
 mod ownership_contract;
 mod panic;
+mod presets;
 mod roaming;
 mod row_security;
 mod settings;
