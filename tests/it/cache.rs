@@ -381,3 +381,19 @@ async fn an_operator_sees_what_each_tier_holds() {
     assert!(!inspect("lamp").await.0, "a key names its type");
     http.get("/v1/cache?key=thing/lamp").await.problem(400, "QUERY_INVALID");
 }
+
+/// A short run of the scenario; whether it succeeded, and what it printed.
+async fn scenario(arguments: &[&str]) -> (bool, String) {
+    let usual = ["load", "--runs", "1", "--connections", "8", "--warmup", "0.5", "--duration", "2", "--rate", "150"];
+    let output = crate::support::node::run(&[&usual[..], arguments].concat()).await;
+    (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[tokio::test]
+async fn the_scenario_finds_stale_reads_where_there_are_any_and_only_there() {
+    let (clean, told) = scenario(&["--scenario", "cache", "--instances", "40", "--drop-invalidations"]).await;
+    assert!(clean && told.contains("| stale reads |  | 0 |"), "{told}");
+    let blind = ["--scenario", "cache", "--instances", "40", "--set", "faults.cache_blind=true"];
+    let (clean, told) = scenario(&blind).await;
+    assert!(!clean && told.contains("the first stale read"), "{told}");
+}

@@ -11,7 +11,7 @@ use crate::types::Millis;
 
 /// What an entry takes beside its key's text and its value: the tables of the cache, the entry itself and the allocator's
 /// headers. Measured with `sophont load --scenario cache-memory`.
-pub const OVERHEAD: usize = 352;
+pub const OVERHEAD: usize = 608;
 /// The form of what is written.
 const FORM: u8 = 1;
 /// Values below this size are not worth compressing.

@@ -47,6 +47,8 @@ struct Board {
     eventual: AtomicU64,
     eventual_old: AtomicU64,
     first: std::sync::OnceLock<String>,
+    /// Numbers that are written, each once: a write that changes nothing would make no version.
+    next: AtomicU64,
 }
 
 impl Board {
@@ -60,6 +62,7 @@ impl Board {
             eventual: AtomicU64::new(0),
             eventual_old: AtomicU64::new(0),
             first: std::sync::OnceLock::new(),
+            next: AtomicU64::new(100_000_000),
         })
     }
 
@@ -166,7 +169,7 @@ impl Job for Mixed {
             n if n < STRONG + EVENTUAL => Doing::Eventual,
             _ => Doing::Write,
         };
-        self.seq = self.random.next();
+        self.seq = self.board.next.fetch_add(1, Ordering::Relaxed);
         self.least = self.board.acknowledged(self.instance);
         let request = match self.doing {
             Doing::Strong => &mut self.strong,
