@@ -34,7 +34,7 @@ use crate::{
         },
     },
     instance::{
-        Until,
+        Receipt, Until,
         environment::{Environment, Faults},
         toolkit::Toolkit,
     },
@@ -303,6 +303,9 @@ impl Node {
         })
         .map_err(part)?;
         edge.handle.spawn(Courier::follow(courier.scope(), member.scope()));
+        if router.memory().backfills() {
+            edge.handle.spawn(embed(router.clone(), drain.clone()));
+        }
         member.deliver_with(courier.leaving());
         let (scan_period, period) = watch::channel(live::scan_period(config));
         edge.handle.spawn(scan(router.clone(), drain.clone(), period));
@@ -500,6 +503,17 @@ async fn tend(pools: Vec<Arc<Places>>, drain: Drain) {
 }
 
 /// Looks for waiting stimuli nobody was woken for: at once after a start, then now and then.
+/// Brings vectors to episodes that were written without, until the node drains.
+async fn embed(router: Router, drain: Drain) {
+    let deliver = async |key: InstanceKey, stimulus: Stimulus| {
+        matches!(router.deliver(&key, stimulus, Until::Decided).await, Ok(Receipt::Decided { .. }))
+    };
+    tokio::select! {
+        () = router.memory().backfill(deliver) => {}
+        () = drain.draining() => {}
+    }
+}
+
 async fn scan(router: Router, drain: Drain, mut period: watch::Receiver<Duration>) {
     loop {
         match router.wake_waiting().await {

@@ -11,7 +11,8 @@ use std::{
 use secrecy::ExposeSecret;
 
 use super::{
-    Auth, Backend, Cache, Cognition, Config, Delivery, Mqtt, MqttMode, PostgresTls, Readers, Redis, Scaling, Store,
+    Auth, Backend, Cache, Cognition, Config, Delivery, Embedder, Memory, Mqtt, MqttMode, PostgresTls, Readers, Redis,
+    Scaling, Store,
 };
 use crate::types::{
     InstanceId,
@@ -72,6 +73,7 @@ pub(super) fn check(config: &Config, has_env: &dyn Fn(&str) -> bool) -> Vec<Foun
     advertised(config, &mut found);
     cognition(&config.cognition, has_env, &mut found);
     super::tools::check(&config.tools, has_env, &mut found);
+    embedder(&config.memory, has_env, &mut found);
     delivery(&config.delivery, &mut found);
     auth(&config.auth, has_env, &mut found);
     open_addresses(config, &mut found);
@@ -116,6 +118,12 @@ fn ranges(config: &Config, found: &mut Findings) {
     found.range(&["instances", "scan_seconds"], instances.scan_seconds, 1..=3600);
     found.range(&["memory", "cache_mb"], memory.cache_mb, 1..=1_048_576);
     found.range(&["memory", "exact_vectors"], memory.exact_vectors, 1000..=10_000_000);
+    let endpoint = &memory.endpoint;
+    found.range(&["memory", "endpoint", "max_batch"], endpoint.max_batch, 1..=2048);
+    found.range(&["memory", "endpoint", "wait_ms"], endpoint.wait_ms, 0..=1000);
+    found.range(&["memory", "endpoint", "max_concurrent"], endpoint.max_concurrent, 1..=64);
+    found.range(&["memory", "endpoint", "timeout_ms"], endpoint.timeout_ms, 10..=600_000);
+    found.range(&["memory", "endpoint", "cache_mb"], endpoint.cache_mb, 1..=65_536);
     found.range(&["cognition", "think_seconds"], cognition.think_seconds, 1..=3600);
     found.range(&["cognition", "max_steps"], u64::from(cognition.max_steps), 1..=10_000);
     found.range(&["cognition", "max_tokens_per_turn"], cognition.max_tokens_per_turn, 1..=1_000_000_000);
@@ -348,6 +356,23 @@ fn cognition(cognition: &Cognition, has_env: &dyn Fn(&str) -> bool, found: &mut 
         let hint = "add [cognition.providers.NAME] with base_url and model";
         found.add_with_hint(&["cognition", "default_engine"], "\"llm\" needs a model provider", hint);
     }
+}
+
+fn embedder(memory: &Memory, has_env: &dyn Fn(&str) -> bool, found: &mut Findings) {
+    let (endpoint, at) = (&memory.endpoint, |key| ["memory", "endpoint", key]);
+    if memory.embedder == Embedder::Endpoint && endpoint.base_url.is_empty() {
+        let hint = "set memory.endpoint.base_url and memory.endpoint.model";
+        found.add_with_hint(&["memory", "embedder"], "\"endpoint\" needs a server", hint);
+    }
+    let known = endpoint.base_url.starts_with("http://") || endpoint.base_url.starts_with("https://");
+    if !endpoint.base_url.is_empty() && !known {
+        found.add(&at("base_url"), "an address begins with http:// or https://");
+    }
+    if has_credentials(&endpoint.base_url) {
+        let hint = "use api_key_env for the name of a variable that holds the key";
+        found.add_with_hint(&at("base_url"), "an address must not carry credentials", hint);
+    }
+    variable(&at("api_key_env"), &endpoint.api_key_env, has_env, found);
 }
 
 fn delivery(delivery: &Delivery, found: &mut Findings) {

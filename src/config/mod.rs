@@ -531,6 +531,30 @@ pub struct Memory {
     pub embedder: Embedder,
     /// So many vectors of one instance are compared one by one; more get an index.
     pub exact_vectors: usize,
+    /// The server of `embedder = "endpoint"`.
+    pub endpoint: EmbedderEndpoint,
+}
+
+/// `[memory.endpoint]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EmbedderEndpoint {
+    /// Up to and including `/v1`.
+    pub base_url: String,
+    /// Environment variable that holds the key; none when empty.
+    pub api_key_env: String,
+    /// Model.
+    pub model: String,
+    /// Texts of one request.
+    pub max_batch: usize,
+    /// How long texts are gathered for a request, in milliseconds.
+    pub wait_ms: u64,
+    /// Requests at once.
+    pub max_concurrent: usize,
+    /// Longest request, in milliseconds.
+    pub timeout_ms: u64,
+    /// Vectors kept by their texts, in MiB.
+    pub cache_mb: usize,
 }
 
 /// Where vectors of texts come from.
@@ -539,6 +563,8 @@ pub struct Memory {
 pub enum Embedder {
     /// The built-in one: hashed words and parts of words.
     Lexical,
+    /// A model server that speaks the OpenAI embeddings protocol.
+    Endpoint,
     /// Nowhere: texts are found by their words, and by vectors the client sends.
     Off,
 }

@@ -68,7 +68,7 @@ impl Environment {
         let default_mind = minds.of(&Arc::new(Profile::default()))?;
         let cache = TieredCache::new(Options::of(config, clock.clone()));
         Ok(Self {
-            memory: Arc::new(Memory::new(&config.memory, store.clone(), clock.clone())),
+            memory: Arc::new(Memory::new(&config.memory, store.clone(), clock.clone()).map_err(Error::Invalid)?),
             store,
             clock,
             hub: Hub::default(),

@@ -91,6 +91,9 @@ pub fn judge(mind: &Mind, facts: &Facts<'_>) -> Result<Judgement, Refusal> {
     if memory::forgets(facts.stimulus) {
         return memory::read_forgetting(facts.stimulus).map(|_| Judgement::Decided(Vec::new())).map_err(unread);
     }
+    if memory::embeds(facts.stimulus) {
+        return memory::read_embedding(facts.stimulus).map(|_| Judgement::Decided(Vec::new())).map_err(unread);
+    }
     if facts.stimulus.channel.as_str() != PATCH_CHANNEL {
         let verdict = match mind.rules.evaluate(facts) {
             Ok(verdict) => verdict,
@@ -199,7 +202,7 @@ pub fn conclude(
         // What is remembered stands in the record once, with the episodes.
         record.stimulus.data = memory::read_writing(stimulus).ok().and_then(|(_, kept)| kept);
     }
-    if memory::writes(stimulus) || memory::forgets(stimulus) {
+    if memory::changes(stimulus) {
         record.engine = String::from(memory::ENGINE);
     }
     for (index, effect) in (0..).zip(&mut record.effects) {

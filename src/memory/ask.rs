@@ -52,6 +52,8 @@ pub(crate) struct Asked {
     pub words: Vec<String>,
     pub lexical: Option<Vector>,
     pub given: Option<Vector>,
+    /// Whether the vector is the model server's, and not the caller's.
+    pub ours: bool,
     pub limit: usize,
     pub known: Known,
     pub now: Millis,

@@ -147,6 +147,7 @@ impl Cells {
         }
     }
 
+    #[cfg(test)]
     pub(crate) const fn len(&self) -> usize {
         self.len
     }

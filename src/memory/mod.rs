@@ -12,6 +12,7 @@
 //! | `fuse` | rankings made one |
 //! | `vector`, `cells` | vectors scanned; an index over many |
 //! | `lexical` | the built-in embedder |
+//! | `endpoint`, `backfill` | vectors of a model server; those that come after their episodes |
 //! | `prune` | which episodes go |
 //!
 //! Invariants: a recall sees every committed turn, on whichever node it is asked; what is forgotten is on no shelf that was asked
@@ -21,7 +22,9 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 mod ask;
+mod backfill;
 mod cells;
+mod endpoint;
 mod fuse;
 mod lexical;
 mod prune;
@@ -34,7 +37,7 @@ pub use fuse::{Explained, Ranked};
 pub use prune::{Forget, Prune};
 pub use shelf::Figures;
 
-use self::{ask::Asked, fuse::Hit, shelves::Shelves};
+use self::{ask::Asked, backfill::Wakes, endpoint::Endpoint, fuse::Hit, shelves::Shelves};
 use crate::{
     config::{self, Embedder},
     runtime::clock::Clock,
@@ -125,6 +128,8 @@ pub struct Recollection {
     pub episodes: Vec<Recalled>,
     /// Asked about an earlier time: how many episodes of then were forgotten since, whatever they said.
     pub forgotten: u64,
+    /// Why the text was looked for by its words alone, where a model server should have helped.
+    pub degraded: Option<String>,
 }
 
 /// An episode as it is exported.
@@ -142,6 +147,8 @@ pub struct Memory {
     clock: Clock,
     shelves: Shelves,
     lexical: bool,
+    endpoint: Option<Endpoint>,
+    wakes: Wakes,
     metrics: Metrics,
 }
 
@@ -153,19 +160,28 @@ struct Metrics {
 
 impl Memory {
     /// Over a store, as configured.
-    pub fn new(config: &config::Memory, store: Arc<dyn Store>, clock: Clock) -> Self {
+    ///
+    /// # Errors
+    /// When the client of the embeddings server cannot be made.
+    pub fn new(config: &config::Memory, store: Arc<dyn Store>, clock: Clock) -> Result<Self, String> {
         let lexical = config.embedder == Embedder::Lexical;
-        Self {
+        let endpoint = match config.embedder {
+            Embedder::Endpoint => Some(Endpoint::new(&config.endpoint)?),
+            Embedder::Lexical | Embedder::Off => None,
+        };
+        Ok(Self {
             shelves: Shelves::new(config, lexical),
             store,
             clock,
             lexical,
+            endpoint,
+            wakes: Wakes::default(),
             metrics: Metrics {
                 recalls: metrics::counter!(metric::MEMORY_RECALLS),
                 seconds: metrics::histogram!(metric::MEMORY_RECALL_SECONDS),
                 age: metrics::histogram!(metric::MEMORY_RECALLED_AGE_SECONDS),
             },
-        }
+        })
     }
 
     /// What fits, best first.
@@ -174,18 +190,21 @@ impl Memory {
     /// [`Error`]; [`Error::NotFound`] when there is no such instance.
     pub async fn search(&self, key: &InstanceKey, ask: Ask) -> Result<Recollection, Error> {
         let began = std::time::Instant::now();
-        let asked = self.ready(ask);
+        let (asked, degraded) = self.ready(ask).await;
         let now = asked.now;
         let shelf = self.shelves.current(&*self.store, key).await?;
-        let (hits, forgotten, links) = self
+        let (hits, forgotten, links, bare) = self
             .shelves
             .look(&shelf, move |shelf| {
                 let (hits, forgotten) = shelf.search(&asked)?;
                 let links: Vec<_> =
                     hits.iter().map(|hit| (shelf.duplicate_of(hit.id), shelf.superseded_at(hit.id))).collect();
-                Ok::<_, Error>((hits, forgotten, links))
+                Ok::<_, Error>((hits, forgotten, links, !shelf.bare(1).is_empty()))
             })
             .await?;
+        if bare {
+            self.wake(key);
+        }
         let mut texts = self.texts(key, &hits).await?;
         let episodes: Vec<Recalled> = hits
             .into_iter()
@@ -204,7 +223,7 @@ impl Memory {
             #[allow(clippy::cast_precision_loss)] // milliseconds of centuries
             self.metrics.age.record(age as f64 / 1000.0);
         }
-        Ok(Recollection { episodes, forgotten })
+        Ok(Recollection { episodes, forgotten, degraded })
     }
 
     /// The episodes of an instance that fit a text, best first, at most `k` (and [`MAX_RECALL`]), for an engine. A text without
@@ -236,7 +255,7 @@ impl Memory {
         self.lexical.then(|| lexical::embed(text).map_or_else(nothing, |vector| vector.numbers().collect()))
     }
 
-    fn ready(&self, ask: Ask) -> Asked {
+    async fn ready(&self, ask: Ask) -> (Asked, Option<String>) {
         let text = ask.query.as_deref().unwrap_or_default();
         let mut words = ask::meaning(text);
         if words.is_empty() {
@@ -246,7 +265,17 @@ impl Memory {
         let words = rank::query_words(&words.join(" "));
         let lexical = if self.lexical { lexical::embed(text) } else { None };
         let now = self.clock.now();
-        Asked { words, lexical, given: ask.embedding, limit: ask.limit, known: ask.known, now }
+        let (mut given, mut modelled, mut degraded) = (ask.embedding, None, None);
+        if let (None, Some(endpoint), false) = (&given, &self.endpoint, text.is_empty()) {
+            match endpoint.embed(text).await {
+                Ok(vector) => modelled = Some((*vector).clone()),
+                Err(failure) => degraded = Some(failure.to_string()),
+            }
+        }
+        // Where the client sends vectors of another model, that of the text is of no use, and no mistake of the caller's.
+        let ours = modelled.is_some();
+        given = given.or(modelled);
+        (Asked { words, lexical, given, ours, limit: ask.limit, known: ask.known, now }, degraded)
     }
 
     async fn texts(&self, key: &InstanceKey, hits: &[Hit]) -> Result<HashMap<u64, Episode>, Error> {
@@ -331,6 +360,15 @@ impl Memory {
         ids.sort_unstable();
         ids.dedup();
         Ok(ids)
+    }
+
+    /// These episodes, and the places where vectors of theirs stand in later turns: what has to go with them. In order.
+    ///
+    /// # Errors
+    /// As [`Memory::search`].
+    pub async fn with_vectors(&self, key: &InstanceKey, ids: Vec<EpisodeId>) -> Result<Vec<EpisodeId>, Error> {
+        let shelf = self.shelves.current(&*self.store, key).await?;
+        self.shelves.look(&shelf, move |shelf| Ok(shelf.with_vectors(ids))).await
     }
 
     /// Some episodes behind a turn, oldest first, and the turn to go on from; no turn when these were the last.

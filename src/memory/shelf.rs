@@ -60,6 +60,8 @@ struct Note {
     forgotten: bool,
     /// Forgotten, and the turn that forgot it was not met yet.
     undated: bool,
+    /// Has a given vector, or was asked about in vain.
+    embedded: bool,
     junk: bool,
 }
 
@@ -104,7 +106,7 @@ pub struct Figures {
     pub superseded: u64,
     /// Forgotten; nothing of them is left but when.
     pub forgotten: u64,
-    /// With a vector of the client's or of a model.
+    /// Of these, with a vector of the client's or of a model.
     pub embedded: u64,
     /// Numbers of such a vector.
     pub dimension: Option<usize>,
@@ -142,6 +144,10 @@ pub(crate) struct Shelf {
     lexical: Option<Matrix>,
     given: Option<Matrix>,
     postings: usize,
+    /// Where the vectors stand that came later.
+    vectors: Map<u32, EpisodeId>,
+    /// How many known episodes have no given vector.
+    bare: usize,
     /// Of what was recalled: how many, and their ages in milliseconds together.
     recalled: (AtomicU64, AtomicU64),
 }
@@ -164,6 +170,8 @@ impl Shelf {
             lexical: lexical.then(|| Matrix::new(lexical::DIMENSION, limit)),
             given: None,
             postings: 0,
+            vectors: Map::default(),
+            bare: 0,
             recalled: (AtomicU64::new(0), AtomicU64::new(0)),
         }
     }
@@ -171,6 +179,9 @@ impl Shelf {
     /// Follows one more turn; tells what its episodes are.
     pub(crate) fn follow(&mut self, record: &TurnRecord) -> Vec<Kind> {
         self.turn = self.turn.max(record.turn);
+        if record.is_marked() {
+            self.embed(record);
+        }
         let mut extras = record.extras().into_iter();
         let mut kinds = Vec::with_capacity(record.episodes.len());
         for (place, draft) in record.episodes.iter().enumerate() {
@@ -199,6 +210,7 @@ impl Shelf {
             tags: Box::default(),
             forgotten: false,
             undated: false,
+            embedded: false,
             junk: false,
         };
         if draft.is_blank() {
@@ -219,7 +231,9 @@ impl Shelf {
         let root = self.root(slot, &draft.content, vector.or(lexical.as_ref()));
         let meaning = words::words(&draft.content).filter(|word| !words::is_filler(word)).take(MEANING).count();
         let junk = meaning < MEANING && draft.data.is_none();
-        self.notes.push(Note { length, tags, root, junk, ..note });
+        let embedded = vector.is_some();
+        self.bare += usize::from(!embedded);
+        self.notes.push(Note { length, tags, root, junk, embedded, ..note });
         if let (Some(matrix), Some(vector)) = (&mut self.lexical, &lexical) {
             matrix.push(slot, vector);
         }
@@ -244,6 +258,41 @@ impl Shelf {
         } else {
             Kind::Fresh
         })
+    }
+
+    /// Takes the vectors of earlier episodes.
+    fn embed(&mut self, record: &TurnRecord) {
+        for (place, extra) in record.extras().into_iter().enumerate() {
+            let Some(slot) = extra.of.and_then(|of| self.slot(of)) else { continue };
+            let note = &mut self.notes[slot as usize];
+            if note.embedded || note.forgotten {
+                continue;
+            }
+            note.embedded = true;
+            self.bare = self.bare.saturating_sub(1);
+            if let Some(vector) = &extra.embedding {
+                self.vectors.insert(slot, EpisodeId::new(record.turn, place));
+                self.given.get_or_insert_with(|| Matrix::new(vector.dimension(), self.limit)).push(slot, vector);
+            }
+        }
+    }
+
+    /// Known episodes without a given vector, the newest first, at most so many.
+    pub(crate) fn bare(&self, limit: usize) -> Vec<EpisodeId> {
+        if self.bare == 0 {
+            return Vec::new();
+        }
+        let bare = self.notes.iter().rev().filter(|note| !note.embedded && !note.forgotten);
+        bare.take(limit).map(|note| note.id).collect()
+    }
+
+    /// With the places where vectors of these episodes stand in later turns; in order.
+    pub(crate) fn with_vectors(&self, mut ids: Vec<EpisodeId>) -> Vec<EpisodeId> {
+        let later: Vec<EpisodeId> = ids.iter().filter_map(|id| self.vectors.get(&self.slot(*id)?).copied()).collect();
+        ids.extend(later);
+        ids.sort_unstable();
+        ids.dedup();
+        ids
     }
 
     fn tag(&mut self, tag: &str) -> u32 {
@@ -293,6 +342,7 @@ impl Shelf {
             if !note.forgotten || note.undated {
                 note.gone_at = at.0;
             }
+            self.bare -= usize::from(!note.forgotten && !note.embedded).min(self.bare);
             (note.forgotten, note.undated) = (true, false);
             note.tags = Box::default();
             note.reward = f32::NAN;
@@ -372,6 +422,7 @@ impl Shelf {
     pub(crate) fn search(&self, asked: &Asked) -> Result<(Vec<Hit>, u64), OtherDimension> {
         if let (Some(given), Some(has)) = (asked.given.as_ref().map(Vector::dimension), self.dimension())
             && given != has
+            && !asked.ours
         {
             return Err(OtherDimension { has, given });
         }
@@ -491,6 +542,7 @@ impl Shelf {
                 figures.episodes += 1;
                 figures.duplicates += u64::from(note.root as usize != slot);
                 figures.junk += u64::from(note.junk);
+                figures.embedded += u64::from(note.embedded);
                 let at = Millis(note.recorded_at);
                 figures.oldest = Some(figures.oldest.map_or(at, |oldest| oldest.min(at)));
                 figures.newest = Some(figures.newest.map_or(at, |newest| newest.max(at)));
@@ -499,7 +551,6 @@ impl Shelf {
                 }
             }
         }
-        figures.embedded = self.given.as_ref().map_or(0, Matrix::len) as u64;
         figures.dimension = self.dimension();
         let (count, ages) = (self.recalled.0.load(Ordering::Relaxed), self.recalled.1.load(Ordering::Relaxed));
         figures.staleness = (count > 0).then(|| ages as f64 / count as f64 / 1000.0);

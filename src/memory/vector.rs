@@ -107,6 +107,7 @@ impl Matrix {
     }
 
     /// How many there are.
+    #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.cells.as_ref().map_or(self.slots.len(), Cells::len)
     }

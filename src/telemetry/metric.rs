@@ -59,6 +59,12 @@ metrics! {
     MEMORY_RECALLED_AGE_SECONDS = Histogram "sophont_memory_recalled_age_seconds";
     /// Episodes that came to a memory in use, by kind (`fresh`, `duplicate`, `junk`): duplicate and junk rates.
     MEMORY_EPISODES = Counter "sophont_memory_episodes_total";
+    /// Texts in a request for embeddings.
+    MEMORY_EMBED_BATCH = Histogram "sophont_memory_embed_batch_texts";
+    /// Time of a request for embeddings in seconds.
+    MEMORY_EMBED_SECONDS = Histogram "sophont_memory_embed_seconds";
+    /// Requests for embeddings that failed.
+    MEMORY_EMBED_FAILURES = Counter "sophont_memory_embed_failures_total";
     /// Bytes of the episodes held ready.
     MEMORY_SHELF_BYTES = Gauge "sophont_memory_shelf_bytes";
     /// Panics caught in turns.

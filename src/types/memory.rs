@@ -20,6 +20,8 @@ use super::{EpisodeDraft, Millis, RawJson, Source, Stimulus, TurnRecord};
 pub const WRITE_CHANNEL: &str = "memory/write";
 /// The channel of stimuli that forget episodes.
 pub const FORGET_CHANNEL: &str = "memory/forget";
+/// The channel of stimuli that bring vectors of a model for episodes that are there.
+pub const EMBED_CHANNEL: &str = "memory/embed";
 /// Who decides such a stimulus, for the record.
 pub const ENGINE: &str = "memory";
 
@@ -170,6 +172,9 @@ pub struct Extra {
     /// The line of an import it came from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub line: Option<String>,
+    /// The episode all this is about, where it is an earlier turn's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub of: Option<EpisodeId>,
 }
 
 /// An episode on its way to the instance that shall remember it.
@@ -208,11 +213,12 @@ pub struct Writing {
     pub episodes: Vec<Written>,
 }
 
-/// What the record of such a turn keeps as the data of its stimulus.
+/// What the record of such a turn keeps as the data of its stimulus; and what a stimulus that embeds brings.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-struct Kept {
+pub struct Kept {
+    /// By place.
     #[serde(default)]
-    extras: Vec<Extra>,
+    pub extras: Vec<Extra>,
 }
 
 /// The data of a stimulus that forgets: runs of episodes, first and last. It stands in the record as it came.
@@ -252,6 +258,16 @@ pub fn forgets(stimulus: &Stimulus) -> bool {
     stimulus.source == Source::Http && stimulus.channel.as_str() == FORGET_CHANNEL
 }
 
+/// Whether a stimulus brings vectors.
+pub fn embeds(stimulus: &Stimulus) -> bool {
+    stimulus.source == Source::Http && stimulus.channel.as_str() == EMBED_CHANNEL
+}
+
+/// Whether a stimulus changes the memory in any way.
+pub fn changes(stimulus: &Stimulus) -> bool {
+    writes(stimulus) || forgets(stimulus) || embeds(stimulus)
+}
+
 /// What a stimulus that writes asks to be remembered, and the data its record keeps.
 ///
 /// # Errors
@@ -270,6 +286,14 @@ pub fn read_writing(stimulus: &Stimulus) -> Result<(Vec<EpisodeDraft>, Option<Ra
 /// # Errors
 /// The parser's words.
 pub fn read_forgetting(stimulus: &Stimulus) -> Result<Forgetting, serde_json::Error> {
+    serde_json::from_str(stimulus.data.as_ref().map_or("null", RawJson::get))
+}
+
+/// What a stimulus that embeds brings.
+///
+/// # Errors
+/// The parser's words.
+pub fn read_embedding(stimulus: &Stimulus) -> Result<Kept, serde_json::Error> {
     serde_json::from_str(stimulus.data.as_ref().map_or("null", RawJson::get))
 }
 
@@ -296,12 +320,17 @@ impl TurnRecord {
 
     /// Whether the turn changed what the instance remembers.
     pub fn is_memory(&self) -> bool {
-        !self.episodes.is_empty() || (self.engine == ENGINE && forgets(&self.stimulus))
+        !self.episodes.is_empty() || (self.engine == ENGINE && changes(&self.stimulus))
+    }
+
+    /// Whether the turn changed the memory and is not found by an episode of its own, but by its [`EpisodeId::marker`].
+    pub fn is_marked(&self) -> bool {
+        self.episodes.is_empty() && self.is_memory()
     }
 
     /// What its episodes carry beside their drafts, by place; fewer than there are places when the rest carries nothing.
     pub fn extras(&self) -> Vec<Extra> {
-        if self.engine != ENGINE || !writes(&self.stimulus) {
+        if self.engine != ENGINE || !(writes(&self.stimulus) || embeds(&self.stimulus)) {
             return Vec::new();
         }
         let kept = self.stimulus.data.as_ref().and_then(|data| serde_json::from_str::<Kept>(data.get()).ok());
@@ -319,8 +348,11 @@ impl TurnRecord {
                 *draft = EpisodeDraft::blank();
                 changed = true;
             }
-            if let Some(extra) = extras.get_mut(place) {
+            if let Some(extra) = extras.get_mut(place)
+                && *extra != Extra::default()
+            {
                 *extra = Extra::default();
+                changed = true;
             }
         }
         if changed && !extras.is_empty() {
@@ -396,7 +428,8 @@ mod tests {
 
     #[test]
     fn what_is_written_is_kept_once() {
-        let extra = Extra { embedding: Vector::of(&[1.0, 2.0]), supersedes: vec![EpisodeId::new(1, 0)], line: None };
+        let extra =
+            Extra { embedding: Vector::of(&[1.0, 2.0]), supersedes: vec![EpisodeId::new(1, 0)], ..Extra::default() };
         let writing = Writing { episodes: vec![written("a", Extra::default()), written("b", extra.clone())] };
         let stimulus = stimulus(WRITE_CHANNEL, &writing);
         let (drafts, kept) = read_writing(&stimulus).unwrap();

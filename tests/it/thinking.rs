@@ -517,7 +517,7 @@ async fn what_was_told_answers_a_later_question_without_a_model() {
         store.submit(Unit { key: told.key, fence: Fence::default(), work, done });
         head = end.await.unwrap().unwrap().head;
     }
-    let memory = Memory::new(&config::Config::default().memory, Arc::new(store.clone()), Clock::System);
+    let memory = Memory::new(&config::Config::default().memory, Arc::new(store.clone()), Clock::System).unwrap();
     let answers = async |text: &str| {
         let mut asked = question(text, PATIENCE);
         asked.recollection = memory.recall(&asked.key, text, 8, PATIENCE).await.unwrap();

@@ -180,7 +180,8 @@ impl EpisodeBody<'_> {
         }
         tags("tags", &self.tags)?;
         let data = self.data.map(|data| RawJson::parse(data.get())).transpose();
-        let extra = Extra { embedding: vector(self.embedding.as_ref())?, supersedes: self.supersedes, line: None };
+        let extra =
+            Extra { embedding: vector(self.embedding.as_ref())?, supersedes: self.supersedes, ..Extra::default() };
         Ok(Written {
             content,
             data: data.map_err(|error| field("data", error))?,
@@ -287,12 +288,15 @@ async fn write(
     if let Some(id) = id {
         stimulus = stimulus.with_repeatable_id(id);
     }
-    decided(caller, key, stimulus).await
+    let written = decided(caller, key, stimulus).await?;
+    caller.shared.router.memory().wake(key);
+    Ok(written)
 }
 
 /// Forgets episodes, some in each turn; how many.
 async fn remove(caller: &Caller<'_>, key: &InstanceKey, ids: &[EpisodeId]) -> Result<HttpResponse, Problem> {
-    for some in ids.chunks(MAX_FORGOTTEN) {
+    let all = caller.shared.router.memory().with_vectors(key, ids.to_vec()).await?;
+    for some in all.chunks(MAX_FORGOTTEN) {
         let stimulus = command(caller, FORGET_CHANNEL, &Forgetting::of(some))?;
         decided(caller, key, stimulus).await?;
     }
@@ -343,7 +347,8 @@ pub async fn recall(caller: &Caller<'_>, payload: Payload) -> Result<HttpRespons
     let past = ask.known.as_of.is_some();
     let found = caller.shared.router.memory().search(&key, ask).await?;
     let episodes = found.episodes.iter().map(EpisodeView::from).collect();
-    let view = RecollectionView { episodes, forgotten: past.then_some(found.forgotten) };
+    let degraded = found.degraded.as_deref();
+    let view = RecollectionView { episodes, forgotten: past.then_some(found.forgotten), degraded };
     Ok(respond(StatusCode::OK, to_json(&view)))
 }
 

@@ -14,7 +14,7 @@ use crate::{
     types::{
         AuthContext, Channel, Millis, Principal, Priority, RawJson, ReplyTo, Source, Stimulus, StimulusId,
         limits::MAX_SENDER_BYTES,
-        memory::{FORGET_CHANNEL, WRITE_CHANNEL},
+        memory::{EMBED_CHANNEL, FORGET_CHANNEL, WRITE_CHANNEL},
     },
 };
 
@@ -111,6 +111,7 @@ impl StimulusBody<'_> {
             }
             Some(channel) if channel.as_str() == WRITE_CHANNEL => return Err(Refusal::Channel(WRITE_CHANNEL)),
             Some(channel) if channel.as_str() == FORGET_CHANNEL => return Err(Refusal::Channel(FORGET_CHANNEL)),
+            Some(channel) if channel.as_str() == EMBED_CHANNEL => return Err(Refusal::Channel(EMBED_CHANNEL)),
             Some(channel) => channel,
             None => channel(DEFAULT_CHANNEL)?,
         };

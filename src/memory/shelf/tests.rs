@@ -59,6 +59,7 @@ fn asked(text: &str, known: Known) -> Asked {
         words: rank::query_words(&ask::meaning(text).join(" ")),
         lexical: lexical::embed(text),
         given: None,
+        ours: false,
         limit: 10,
         known,
         now: Millis(1_000_000),

@@ -346,7 +346,7 @@ impl<'a> Writes<'a> {
             self.seen.insert((tenant, turn.stimulus.id.as_str(), life), (number, day(turn.decided_at)));
         }
         self.losses.extend(replay::losses(turn).into_iter().map(|(number, places)| (tenant, life, number, places)));
-        if !turn.forgotten().runs.is_empty() {
+        if turn.is_marked() {
             self.episode(tenant, life, EpisodeId::marker(turn.turn).0, 0, String::new());
         }
         for episode in replay::episodes(turn) {

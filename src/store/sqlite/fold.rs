@@ -210,8 +210,8 @@ impl Writer<'_> {
         let mut corpus = rank::Corpus::default();
         // What tells of forgotten episodes has a place and no words.
         let blank = record.episodes.iter().enumerate().filter(|(_, draft)| draft.is_blank());
-        let forgets = (!record.forgotten().runs.is_empty()).then(|| EpisodeId::marker(record.turn));
-        for id in blank.map(|(at, _)| EpisodeId::new(record.turn, at)).chain(forgets) {
+        let marker = record.is_marked().then(|| EpisodeId::marker(record.turn));
+        for id in blank.map(|(at, _)| EpisodeId::new(record.turn, at)).chain(marker) {
             place.execute(params![owner, id.0, seq])?;
         }
         for episode in replay::episodes(&record) {

@@ -140,6 +140,9 @@ pub struct RecollectionView<'a> {
     /// With `as_of`: how many episodes of then were forgotten since, whatever they said.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub forgotten: Option<u64>,
+    /// Why it was looked for by words alone, where a model server should have helped.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub degraded: Option<&'a str>,
 }
 
 /// Figures of a memory.
