@@ -478,7 +478,7 @@ mod tests {
             for key in known {
                 let there = part.contains(&format!("\n{key} = ")) || part.contains(&format!("\n# {key} = "));
                 assert!(
-                    there || ["providers", "tokens", "postgres", "http", "tenants", "mcp"].contains(&key),
+                    there || ["providers", "tokens", "postgres", "http", "tenants", "mcp", "endpoint"].contains(&key),
                     "{section}.{key} is not in config/default.toml"
                 );
             }
