@@ -6,7 +6,7 @@
 //! Invariants: a step is committed before the next begins; a tool that may not be called twice is called only after that
 //! was committed, and never again when no result followed; the key of a call depends on the instance, the stimulus and the
 //! call's place in the turn alone; the words streamed are the words of the reply.
-//! Tests: at the foot; `tests/it/steps.rs`.
+//! Tests: `tests/it/steps.rs`.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},

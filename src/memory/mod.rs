@@ -37,6 +37,8 @@ pub use fuse::{Explained, Ranked};
 pub use prune::{Forget, Prune};
 pub use shelf::Figures;
 
+use futures_util::future::try_join_all;
+
 use self::{ask::Asked, backfill::Wakes, endpoint::Endpoint, fuse::Hit, shelves::Shelves};
 use crate::{
     config::{self, Embedder},
@@ -66,6 +68,14 @@ pub enum Error {
     /// There is no such instance.
     #[error("no such instance")]
     NotFound,
+    /// The embeddings server gave no vectors.
+    #[error("{reason}")]
+    Embeddings {
+        /// What is wrong.
+        reason: String,
+        /// Whether more was asked of it than it gets done.
+        overloaded: bool,
+    },
     /// The store failed.
     #[error(transparent)]
     Store(#[from] store::Error),
@@ -77,6 +87,8 @@ impl Fault for Error {
             Error::Timeout(_) => Kind::Timeout,
             Error::Dimension { .. } => Kind::Invalid,
             Error::NotFound => Kind::NotFound,
+            Error::Embeddings { overloaded: true, .. } => Kind::Overloaded,
+            Error::Embeddings { .. } => Kind::Unavailable,
             Error::Store(error) => error.kind(),
         }
     }
@@ -85,18 +97,27 @@ impl Fault for Error {
             Error::Timeout(_) => "TIMEOUT",
             Error::Dimension { .. } => "DIMENSION_MISMATCH",
             Error::NotFound => "INSTANCE_NOT_FOUND",
+            Error::Embeddings { overloaded: true, .. } => "OVERLOADED",
+            Error::Embeddings { .. } => "EMBEDDINGS_UNAVAILABLE",
             Error::Store(error) => error.code(),
         }
     }
     fn hint(&self) -> Option<String> {
         match self {
             Error::Timeout(_) => None,
+            Error::Embeddings { .. } => Some(String::from("try again after the time in Retry-After")),
             Error::Dimension { .. } => {
                 Some(String::from("the first vector of an instance fixes how many numbers all have"))
             }
             Error::NotFound => Some(String::from("send it a stimulus or PUT a profile to create it")),
             Error::Store(error) => error.hint(),
         }
+    }
+}
+
+impl From<endpoint::Failure> for Error {
+    fn from(failure: endpoint::Failure) -> Self {
+        Self::Embeddings { reason: failure.to_string(), overloaded: failure == endpoint::Failure::Overloaded }
     }
 }
 
@@ -249,10 +270,19 @@ impl Memory {
         }
     }
 
-    /// The vector of a text by the built-in embedder, all zero for a text without words; `None` when it is switched off.
-    pub fn embed(&self, text: &str) -> Option<Vec<f32>> {
+    /// The vectors of texts by the configured embedder, in their order; of the built-in one all zero for a text without words.
+    /// `None` when it is switched off.
+    ///
+    /// # Errors
+    /// [`Error::Embeddings`] when the server gives no vector for one of them.
+    pub async fn embed(&self, texts: &[String]) -> Result<Option<Vec<Vec<f32>>>, Error> {
+        if let Some(endpoint) = &self.endpoint {
+            let found = try_join_all(texts.iter().map(|text| endpoint.embed(text))).await?;
+            return Ok(Some(found.iter().map(|vector| vector.numbers().collect()).collect()));
+        }
         let nothing = || vec![0.0; lexical::DIMENSION];
-        self.lexical.then(|| lexical::embed(text).map_or_else(nothing, |vector| vector.numbers().collect()))
+        let embed = |text: &String| lexical::embed(text).map_or_else(nothing, |vector| vector.numbers().collect());
+        Ok(self.lexical.then(|| texts.iter().map(embed).collect()))
     }
 
     async fn ready(&self, ask: Ask) -> (Asked, Option<String>) {

@@ -60,7 +60,7 @@ metrics! {
     /// Episodes that came to a memory in use, by kind (`fresh`, `duplicate`, `junk`): duplicate and junk rates.
     MEMORY_EPISODES = Counter "sophont_memory_episodes_total";
     /// Texts in a request for embeddings.
-    MEMORY_EMBED_BATCH = Histogram "sophont_memory_embed_batch_texts";
+    MEMORY_EMBED_BATCH = Histogram "sophont_memory_embed_batch_units";
     /// Time of a request for embeddings in seconds.
     MEMORY_EMBED_SECONDS = Histogram "sophont_memory_embed_seconds";
     /// Requests for embeddings that failed.

@@ -150,6 +150,26 @@ async fn texts_get_vectors_by_and_by_in_few_requests() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_get_the_vectors_that_memories_are_searched_with() {
+    let standin = Standin::start().await;
+    let node = standin.node().start().await;
+    let http = node.client();
+    let body = json!({"model": "any", "input": ["a feline sleeps", "the boiler failed"]});
+    let found = http.post("/v1/embeddings", &body).await.expect(200);
+    for (at, text) in ["a feline sleeps", "the boiler failed"].into_iter().enumerate() {
+        let numbers: Vec<f64> = serde_json::from_value(found["data"][at]["embedding"].clone()).unwrap();
+        let wanted = vector(text);
+        let length = wanted.iter().map(|number| number * number).sum::<f32>().sqrt();
+        assert_eq!(numbers.len(), wanted.len());
+        let close = |(number, wanted): (&f64, &f32)| (number - f64::from(wanted / length)).abs() < 0.001;
+        assert!(numbers.iter().zip(&wanted).all(close), "{numbers:?} for {wanted:?}");
+    }
+    standin.broken.store(true, Ordering::SeqCst);
+    let refused = http.post("/v1/embeddings", &json!({"input": "another text"})).await;
+    assert_eq!(refused.status, 503, "{refused:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_the_server_words_still_find_and_vectors_follow_later() {
     let standin = Standin::start().await;
     standin.broken.store(true, Ordering::SeqCst);

@@ -59,17 +59,15 @@ pub async fn post(caller: &Caller<'_>, payload: Payload) -> Result<HttpResponse,
     if texts.is_empty() || texts.len() > MAX_TEXTS {
         return Err(Refusal::Field(format!("input: 1 to {MAX_TEXTS} texts")).into());
     }
-    let memory = caller.shared.router.memory();
+    let Some(vectors) = caller.shared.router.memory().embed(&texts).await? else {
+        return Err(Refusal::Field(String::from("this node has no embedder: memory.embedder is off")).into());
+    };
     let mut data = Vec::with_capacity(texts.len());
-    let mut tokens = 0;
-    for (index, text) in texts.iter().enumerate() {
-        let Some(numbers) = memory.embed(text) else {
-            return Err(Refusal::Field(String::from("this node has no embedder: memory.embedder is off")).into());
-        };
+    let tokens: usize = texts.iter().map(|text| words::words(text).count()).sum();
+    for (index, numbers) in vectors.iter().enumerate() {
         if dimensions.is_some_and(|wanted| wanted != numbers.len()) {
             return Err(Refusal::Field(format!("dimensions: vectors have {} numbers", numbers.len())).into());
         }
-        tokens += words::words(text).count();
         let embedding = match encoding_format {
             Some(Format::Base64) => {
                 let bytes: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
