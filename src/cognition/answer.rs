@@ -15,7 +15,7 @@ use serde_json::json;
 use super::{Action, Engine, Error, Pace, Progress, Question, Thought};
 use crate::{
     store::Episode,
-    types::{EpisodeDraft, Priority, Profile, RawJson, Reply, Stimulus, words},
+    types::{EpisodeDraft, EpisodeId, Priority, Profile, RawJson, Reply, Stimulus, words},
 };
 
 /// Episodes a question is answered from.
@@ -104,12 +104,15 @@ fn answer(question: &str, recollection: &[Episode]) -> Reply {
         let content = Some(String::from("I remember nothing about that."));
         return Reply { content, data: Some(RawJson::of(&json!({"episodes": []}))) };
     }
-    let said: Vec<String> =
-        chosen.iter().map(|(episode, text)| format!("\u{201c}{text}\u{201d} (episode {})", episode.id)).collect();
+    let said: Vec<String> = chosen
+        .iter()
+        .map(|(episode, text)| format!("\u{201c}{text}\u{201d} (episode {})", EpisodeId(episode.id)))
+        .collect();
     let ids: BTreeSet<u64> = chosen.iter().map(|(episode, _)| episode.id).collect();
+    let ids: Vec<String> = ids.into_iter().map(|id| EpisodeId(id).to_string()).collect();
     let extracts: Vec<_> = chosen
         .iter()
-        .map(|(episode, text)| json!({"episode": episode.id, "turn": episode.turn, "text": text, "occurred_at": episode.occurred_at}))
+        .map(|(episode, text)| json!({"episode": EpisodeId(episode.id).to_string(), "turn": episode.turn, "text": text, "occurred_at": episode.occurred_at}))
         .collect();
     Reply {
         content: Some(format!("I remember: {}.", said.join("; "))),
@@ -177,6 +180,12 @@ fn rank(asked: &BTreeSet<String>, sentences: &[Sentence<'_>]) -> Vec<f64> {
     sentences.iter().map(score).collect()
 }
 
+/// Whether a text ends with a title or the like whose full stop ends no sentence.
+fn is_shortened(text: &str) -> bool {
+    let word = text.rsplit(char::is_whitespace).next().unwrap_or_default();
+    ["Mr.", "Mrs.", "Ms.", "Dr.", "Prof.", "St.", "e.g.", "i.e.", "vs."].contains(&word)
+}
+
 /// The sentences of a text, trimmed, none blank; a very long one is cut at a character.
 fn sentences(text: &str) -> impl Iterator<Item = &str> {
     text.split_inclusive(['.', '!', '?', '\n'].as_slice())
@@ -184,7 +193,8 @@ fn sentences(text: &str) -> impl Iterator<Item = &str> {
             // "3.5" and "example.com" do not end: the mark must be followed by a space or the end.
             let from = *begin;
             let end = from + piece.len();
-            let ends = piece.ends_with('\n') || whole[end..].chars().next().is_none_or(char::is_whitespace);
+            let before_space = whole[end..].chars().next().is_none_or(char::is_whitespace);
+            let ends = piece.ends_with('\n') || before_space && !is_shortened(&whole[..end]);
             *begin = end;
             Some((from, end, ends))
         })
@@ -240,9 +250,9 @@ mod tests {
             episode(9, "The cellar lamp needs a new bulb!"),
         ];
         let (text, data) = said("Which lamps are broken?", &memory);
-        assert!(text.starts_with("I remember: \u{201c}The kitchen lamp is broken\u{201d} (episode 3)"), "{text}");
+        assert!(text.starts_with("I remember: \u{201c}The kitchen lamp is broken\u{201d} (episode 0-3)"), "{text}");
         assert!(!text.contains("gate") && !text.contains("May"), "{text}");
-        assert_eq!(data["episodes"][0], 3);
+        assert_eq!(data["episodes"][0], "0-3");
         assert_eq!(data["extracts"][0]["text"], "The kitchen lamp is broken");
         assert_eq!(said("Which lamps are broken?", &memory).0, text, "the same question, the same answer");
     }
@@ -261,7 +271,7 @@ mod tests {
         let memory = [episode(1, "the key is red"), episode(2, "the key is here"), episode(4, "the key is here")];
         let (_, data) = said("where is the key?", &memory);
         let order: Vec<_> = data["extracts"].as_array().unwrap().iter().map(|e| e["episode"].clone()).collect();
-        assert_eq!(order, [4, 1]);
+        assert_eq!(order, ["0-4", "0-1"]);
     }
 
     #[test]
@@ -310,5 +320,6 @@ mod tests {
         let long = "é".repeat(1000);
         assert_eq!(list(&long)[0].chars().count(), SENTENCE_CHARS);
         assert_eq!(list("a.b"), ["a.b"]);
+        assert_eq!(list("Ask Mrs. Lund. Not Dr. No."), ["Ask Mrs. Lund", "Not Dr. No"]);
     }
 }

@@ -12,7 +12,7 @@ use super::tokens;
 use crate::{
     cognition::Question,
     store::Episode,
-    types::{Chat, Message, Speaker, Stimulus, TurnRecord, chat::LeftCalls},
+    types::{Chat, EpisodeId, Message, Speaker, Stimulus, TurnRecord, chat::LeftCalls},
 };
 
 /// Said in the place of a result that had to make room.
@@ -180,7 +180,7 @@ fn remembered(recollection: &[Episode]) -> String {
     for episode in recollection {
         let day = episode.occurred_at.to_rfc3339();
         let day = day.get(..10).unwrap_or(&day);
-        text.push_str(&format!("- [episode {}, {day}] {}\n", episode.id, episode.content.trim()));
+        text.push_str(&format!("- [episode {}, {day}] {}\n", EpisodeId(episode.id), episode.content.trim()));
     }
     text
 }
@@ -306,7 +306,7 @@ mod tests {
         let messages = told(&question, 4000);
         assert_eq!(roles(&messages), [Speaker::System, Speaker::User, Speaker::Assistant, Speaker::User]);
         for part in
-            ["You are a lamp.", "Now: 2026-11-21T05:10", r#""on":true"#, "[episode 7, 2026-11-21] the bulb is red"]
+            ["You are a lamp.", "Now: 2026-11-21T05:10", r#""on":true"#, "[episode 0-7, 2026-11-21] the bulb is red"]
         {
             assert!(messages[0].content.contains(part), "{part} in {}", messages[0].content);
         }
