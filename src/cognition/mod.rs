@@ -7,12 +7,8 @@
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use serde::{Deserialize, Serialize};
 
-use crate::types::{
-    Channel, EpisodeDraft, Fault, InstanceId, InstanceKey, Kind, Millis, Profile, RawJson, Reply, StateDoc, Step,
-    Stimulus, TurnRecord, Usage,
-};
+use crate::types::{Fault, InstanceKey, Kind, Millis, Profile, StateDoc, Step, Stimulus, TurnRecord, Usage};
 
 pub mod answer;
 pub mod course;
@@ -26,55 +22,7 @@ pub use course::Bounds;
 pub use engines::Engines;
 pub use toolbox::Toolbox;
 
-/// A decision's building block. Rules, engines and tools yield these; `instance::turn` turns them into one record. As JSON it
-/// stands in the journal of a turn under way.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub enum Action {
-    /// Answer the sender. A later reply in the same turn replaces an earlier one.
-    Reply(Reply),
-    /// Publish below `out/`.
-    Publish {
-        /// Channel below `out/`.
-        channel: Channel,
-        /// Text.
-        content: Option<String>,
-        /// Structured payload.
-        data: Option<RawJson>,
-        /// Keep as retained value.
-        retain: bool,
-    },
-    /// A stimulus for another instance of the tenant.
-    Send {
-        /// The other instance.
-        instance: InstanceId,
-        /// Its channel there.
-        channel: Channel,
-        /// Text.
-        content: Option<String>,
-        /// Structured content.
-        data: Option<RawJson>,
-    },
-    /// A merge patch over `{"desired":…,"reported":…}`.
-    Set(serde_json::Value),
-    /// Remember an episode.
-    Remember(EpisodeDraft),
-    /// A stimulus for oneself, later.
-    Remind {
-        /// When.
-        due: Millis,
-        /// Text.
-        content: Option<String>,
-        /// Structured content.
-        data: Option<RawJson>,
-    },
-    /// An HTTP POST to an allowed host.
-    Webhook {
-        /// Where to.
-        url: String,
-        /// JSON body.
-        body: RawJson,
-    },
-}
+pub use crate::types::Action;
 
 /// What a pure rule evaluation sees.
 #[derive(Debug, Clone, Copy)]

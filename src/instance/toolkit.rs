@@ -8,13 +8,13 @@ use async_trait::async_trait;
 
 use crate::{
     cognition::{
-        Action, Toolbox,
+        Toolbox,
         toolbox::{Invocation, Outcome},
     },
     config::tools::Tools,
     memory::Memory,
     store::Episode,
-    tools::{self, Call, Deed, Recall, Registry},
+    tools::{self, Call, Recall, Registry},
     types::{InstanceKey, Profile, ToolSpec},
 };
 
@@ -69,16 +69,6 @@ impl Toolbox for Toolkit {
             now: call.sight.now,
         });
         let output = output.await;
-        Outcome { result: output.result, actions: output.deeds.into_iter().map(action).collect() }
-    }
-}
-
-fn action(deed: Deed) -> Action {
-    match deed {
-        Deed::Set(patch) => Action::Set(patch),
-        Deed::Remember(episode) => Action::Remember(episode),
-        Deed::Publish { channel, content, data, retain } => Action::Publish { channel, content, data, retain },
-        Deed::Send { instance, channel, content, data } => Action::Send { instance, channel, content, data },
-        Deed::Remind { due, content, data } => Action::Remind { due, content, data },
+        Outcome { result: output.result, actions: output.actions }
     }
 }

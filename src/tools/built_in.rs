@@ -6,9 +6,9 @@ use std::time::Duration;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Map, Value, json};
 
-use super::{Call, Deed, Output, Recall};
+use super::{Call, Output, Recall};
 use crate::types::{
-    Channel, EpisodeDraft, InstanceId, Millis, RawJson, StateDoc, ToolSpec,
+    Action, Channel, EpisodeDraft, InstanceId, Millis, RawJson, StateDoc, ToolSpec,
     limits::{MAX_RECALL, MAX_REMIND_AHEAD_MS},
 };
 
@@ -111,7 +111,7 @@ pub(super) async fn recall(memory: &dyn Recall, call: &Call<'_>, deadline: Durat
 
 /// Calls one of the others; `None` when there is none of this name.
 pub(super) fn perform(call: &Call<'_>) -> Option<Output> {
-    let (said, deed) = match call.name {
+    let (said, action) = match call.name {
         "remember" => ("It will be remembered.", remember(call)),
         "set_state" => ("The state will be changed.", set_state(call)),
         "publish" => ("It will be published.", publish(call)),
@@ -119,8 +119,8 @@ pub(super) fn perform(call: &Call<'_>) -> Option<Output> {
         "remind" => ("You will be reminded.", remind(call)),
         _ => return None,
     };
-    Some(match deed {
-        Ok(deed) => Output::done(said, deed),
+    Some(match action {
+        Ok(action) => Output::done(said, action),
         Err(reason) => Output::of(Err(reason)),
     })
 }
@@ -135,7 +135,7 @@ struct Remembered {
     reward: Option<f32>,
 }
 
-fn remember(call: &Call<'_>) -> Result<Deed, String> {
+fn remember(call: &Call<'_>) -> Result<Action, String> {
     let Remembered { content, data, tags, reward } = arguments(call.arguments)?;
     if content.trim().is_empty() {
         return Err(String::from("wrong arguments: content is empty"));
@@ -143,7 +143,7 @@ fn remember(call: &Call<'_>) -> Result<Deed, String> {
     if reward.is_some_and(|reward| !reward.is_finite()) {
         return Err(String::from("wrong arguments: reward is no number"));
     }
-    Ok(Deed::Remember(EpisodeDraft { content, data: json_of(data), tags, reward, occurred_at: None }))
+    Ok(Action::Remember(EpisodeDraft { content, data: json_of(data), tags, reward, occurred_at: None }))
 }
 
 #[derive(Deserialize)]
@@ -153,7 +153,7 @@ struct Change {
     desired: Option<Map<String, Value>>,
 }
 
-fn set_state(call: &Call<'_>) -> Result<Deed, String> {
+fn set_state(call: &Call<'_>) -> Result<Action, String> {
     let Change { reported, desired } = arguments(call.arguments)?;
     let parts = [("reported", reported), ("desired", desired)];
     let patch: Map<String, Value> =
@@ -164,7 +164,7 @@ fn set_state(call: &Call<'_>) -> Result<Deed, String> {
     let patch = Value::Object(patch);
     // What the document does not take is said now, while the model can still do better.
     StateDoc::default().apply(&patch).map_err(|error| format!("wrong arguments: {error}"))?;
-    Ok(Deed::Set(patch))
+    Ok(Action::Set(patch))
 }
 
 #[derive(Deserialize)]
@@ -188,22 +188,22 @@ fn message(call: &Call<'_>) -> Result<(Message, Channel), String> {
     Ok((message, channel))
 }
 
-fn publish(call: &Call<'_>) -> Result<Deed, String> {
+fn publish(call: &Call<'_>) -> Result<Action, String> {
     let (Message { instance, content, data, retain, .. }, channel) = message(call)?;
     if instance.is_some() {
         return Err(String::from("wrong arguments: to reach another instance, use send"));
     }
-    Ok(Deed::Publish { channel, content, data: json_of(data), retain })
+    Ok(Action::Publish { channel, content, data: json_of(data), retain })
 }
 
-fn send(call: &Call<'_>) -> Result<Deed, String> {
+fn send(call: &Call<'_>) -> Result<Action, String> {
     let (Message { instance, content, data, retain, .. }, channel) = message(call)?;
     let instance = instance.ok_or("wrong arguments: which instance?")?;
     let instance = InstanceId::new(instance).map_err(|error| format!("wrong arguments: instance: {error}"))?;
     if retain {
         return Err(String::from("wrong arguments: retain is for publish"));
     }
-    Ok(Deed::Send { instance, channel, content, data: json_of(data) })
+    Ok(Action::Send { instance, channel, content, data: json_of(data) })
 }
 
 #[derive(Deserialize)]
@@ -216,7 +216,7 @@ struct Later {
 }
 
 #[allow(clippy::cast_possible_truncation)] // bounded before
-fn remind(call: &Call<'_>) -> Result<Deed, String> {
+fn remind(call: &Call<'_>) -> Result<Action, String> {
     let Later { in_seconds, at, content, data } = arguments(call.arguments)?;
     let ahead = match (in_seconds, at) {
         (Some(seconds), None) if seconds > 0.0 && seconds * 1000.0 <= MAX_REMIND_AHEAD_MS as f64 => {
@@ -235,7 +235,7 @@ fn remind(call: &Call<'_>) -> Result<Deed, String> {
     if content.is_none() == data.is_none() {
         return Err(String::from("wrong arguments: give either content or data"));
     }
-    Ok(Deed::Remind { due: Millis(call.now.0.saturating_add(ahead.max(0))), content, data: json_of(data) })
+    Ok(Action::Remind { due: Millis(call.now.0.saturating_add(ahead.max(0))), content, data: json_of(data) })
 }
 
 fn json_of(data: Option<Value>) -> Option<RawJson> {
@@ -267,15 +267,15 @@ mod tests {
     }
 
     #[test]
-    fn a_call_becomes_a_deed() {
+    fn a_call_becomes_an_action() {
         let channel = || Channel::new("fan").unwrap();
         let text = |text: &str| Some(text.to_owned());
-        for (name, arguments, deed) in [
-            ("set_state", json!({"reported": {"on": true}}), Deed::Set(json!({"reported": {"on": true}}))),
+        for (name, arguments, action) in [
+            ("set_state", json!({"reported": {"on": true}}), Action::Set(json!({"reported": {"on": true}}))),
             (
                 "publish",
                 json!({"channel": "fan", "data": {"on": 1}}),
-                Deed::Publish {
+                Action::Publish {
                     channel: channel(),
                     content: None,
                     data: Some(RawJson::of(&json!({"on": 1}))),
@@ -285,7 +285,7 @@ mod tests {
             (
                 "send",
                 json!({"instance": "x", "channel": "fan", "content": "hi"}),
-                Deed::Send {
+                Action::Send {
                     instance: InstanceId::new("x").unwrap(),
                     channel: channel(),
                     content: text("hi"),
@@ -295,16 +295,16 @@ mod tests {
             (
                 "remind",
                 json!({"in_seconds": 1.5, "content": "x"}),
-                Deed::Remind { due: Millis(1_001_500), content: text("x"), data: None },
+                Action::Remind { due: Millis(1_001_500), content: text("x"), data: None },
             ),
             (
                 "remind",
                 json!({"at": "1970-01-01T00:20:00Z", "content": "x"}),
-                Deed::Remind { due: Millis(1_200_000), content: text("x"), data: None },
+                Action::Remind { due: Millis(1_200_000), content: text("x"), data: None },
             ),
         ] {
             let output = call(name, arguments).unwrap();
-            assert_eq!(output.deeds, [deed], "{output:?}");
+            assert_eq!(output.actions, [action], "{output:?}");
             assert!(!output.result.failed);
         }
     }
@@ -330,7 +330,7 @@ mod tests {
         ] {
             let output = call(name, arguments).unwrap();
             assert!(output.result.failed && output.result.content.contains(reason), "{name}: {output:?}");
-            assert!(output.deeds.is_empty());
+            assert!(output.actions.is_empty());
         }
         assert_eq!(call("fly", json!({})), None);
     }
@@ -352,7 +352,7 @@ mod tests {
             for value in [json!(text), json!(n), json!({ at.clone(): text }), json!([n])] {
                 for field in ["content", "data", "channel", "instance", "in_seconds", "at", "reported", at.as_str()] {
                     let output = call(&name, json!({ field: value, "content": "x" })).unwrap();
-                    proptest::prop_assert_eq!(output.result.failed, output.deeds.is_empty());
+                    proptest::prop_assert_eq!(output.result.failed, output.actions.is_empty());
                 }
             }
         }

@@ -7,7 +7,7 @@
 //! - A tool is used only where the operator allows it for the tenant and the profile names it; what leaves the node is
 //!   allowed by nobody until it is written down.
 //! - A call ends within its deadline, with a result of bounded size; a call that cannot be made is a result, too.
-//! - What a call wants done inside the turn comes back as [`Deed`]s; nothing of it is done by the call.
+//! - What a call wants done inside the turn comes back as [`Action`]s; nothing of it is done by the call.
 //! - No call that leaves the node runs on a thread of instances or doors.
 //!
 //! Tests: at the feet of the files; `tests/it/tools.rs` with real servers. For users: `docs/tools.md`.
@@ -35,7 +35,7 @@ use crate::{
     config::tools::Tools,
     store::Episode,
     telemetry::metric,
-    types::{Channel, EpisodeDraft, InstanceId, InstanceKey, Millis, Profile, RawJson, ToolResult, ToolSpec},
+    types::{Action, InstanceKey, Millis, Profile, ToolResult, ToolSpec},
 };
 
 /// Most tools told to an engine at once.
@@ -65,46 +65,6 @@ pub trait Recall: Send + Sync + 'static {
     ) -> Result<Vec<Episode>, String>;
 }
 
-/// What a call wants the turn to do.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Deed {
-    /// A merge patch over `{"desired":…,"reported":…}`.
-    Set(Value),
-    /// Remember an episode.
-    Remember(EpisodeDraft),
-    /// Publish below `out/`.
-    Publish {
-        /// Channel below `out/`.
-        channel: Channel,
-        /// Text.
-        content: Option<String>,
-        /// Structured payload.
-        data: Option<RawJson>,
-        /// Keep as retained value.
-        retain: bool,
-    },
-    /// A stimulus for another instance of the tenant.
-    Send {
-        /// The other instance.
-        instance: InstanceId,
-        /// Its channel there.
-        channel: Channel,
-        /// Text.
-        content: Option<String>,
-        /// Structured content.
-        data: Option<RawJson>,
-    },
-    /// A stimulus for oneself, later.
-    Remind {
-        /// When.
-        due: Millis,
-        /// Text.
-        content: Option<String>,
-        /// Structured content.
-        data: Option<RawJson>,
-    },
-}
-
 /// A call of a tool.
 #[derive(Debug, Clone, Copy)]
 pub struct Call<'a> {
@@ -130,17 +90,17 @@ pub struct Output {
     /// For the engine.
     pub result: ToolResult,
     /// For the turn, in order.
-    pub deeds: Vec<Deed>,
+    pub actions: Vec<Action>,
 }
 
 impl Output {
     fn of(result: Result<String, String>) -> Self {
         let result = result.map_or_else(ToolResult::failure, ToolResult::of);
-        Self { result, deeds: Vec::new() }
+        Self { result, actions: Vec::new() }
     }
 
-    fn done(said: &str, deed: Deed) -> Self {
-        Self { result: ToolResult::of(said), deeds: vec![deed] }
+    fn done(said: &str, action: Action) -> Self {
+        Self { result: ToolResult::of(said), actions: vec![action] }
     }
 }
 

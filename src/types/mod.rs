@@ -4,6 +4,7 @@
 //! Invariants: an identifier that exists is valid; a stored format carries its version (see [`turn`]).
 //! Tests: at the foot of each file; stored formats have golden files under `tests/golden`.
 
+pub mod action;
 pub mod auth;
 pub mod chat;
 pub mod error;
@@ -22,6 +23,7 @@ pub mod tool;
 pub mod turn;
 pub mod words;
 
+pub use action::Action;
 pub use auth::{AuthContext, Principal, Scope};
 pub use chat::Chat;
 pub use error::{Fault, Kind};

@@ -17,8 +17,8 @@ use sophont::{
         tools::{Fetching, McpServer, Tools},
     },
     store::Episode,
-    tools::{Call, Deed, Fetch, Output, Recall, Registry},
-    types::{InstanceId, InstanceKey, Millis, Profile, TenantId, ToolResult, ToolSpec},
+    tools::{Call, Fetch, Output, Recall, Registry},
+    types::{Action, InstanceId, InstanceKey, Millis, Profile, TenantId, ToolResult, ToolSpec},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -126,7 +126,7 @@ async fn a_tool_is_there_when_operator_and_profile_say_so() {
     let found = bench.call("recall", json!({"query": "lamps"})).await;
     assert!(found.content.starts_with(r#"[{"content":"lamps""#) && !found.failed, "{found:?}");
     let done = bench.output("set_state", json!({"reported": {"on": true}}), PATIENCE).await;
-    assert_eq!(done.deeds, [Deed::Set(json!({"reported": {"on": true}}))]);
+    assert_eq!(done.actions, [Action::Set(json!({"reported": {"on": true}}))]);
 
     closed.allow.push(String::from("http_fetch"));
     let own = sophont::config::tools::TenantTools { allow: vec![String::from("remember")] };
