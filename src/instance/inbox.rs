@@ -19,6 +19,9 @@ use crate::types::{Fault as _, Priority, Step, Stimulus, StimulusId};
 /// Why a stimulus is refused whose forerunner was.
 pub const BEHIND: &str = "an earlier stimulus of the same sender was not taken";
 
+/// Why a stimulus is refused whose MQTT session went on at another node, which does not know of it.
+pub const BARRED: &str = "its session went on at another node, where its sender sends it again";
+
 /// What one sender has in flight and will send again in order if it is not taken (an MQTT 3.1.1 connection). Once one of it
 /// was not taken, those behind it are refused as well, so that none of them overtakes it. Cheap to clone.
 #[derive(Debug, Clone, Default)]

@@ -9,7 +9,7 @@
 use std::{sync::Arc, time::Duration};
 
 use crate::{
-    store::{self, DeadLetter},
+    store::{self, DeadLetter, Known},
     types::{Fault, Kind, TurnRecord},
 };
 
@@ -39,6 +39,17 @@ pub enum Receipt {
     },
     /// Given up; it is in the dead letters.
     Dead(Arc<DeadLetter>),
+}
+
+impl Receipt {
+    /// What became of a repeated stimulus.
+    pub fn of(known: Known) -> Self {
+        match known {
+            Known::Waiting(_) => Receipt::Accepted { repeated: true },
+            Known::Decided(turn) => Receipt::Decided { turn, repeated: true },
+            Known::Dead(letter) => Receipt::Dead(letter),
+        }
+    }
 }
 
 /// How long the sender of a stimulus wants to wait.

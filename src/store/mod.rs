@@ -231,6 +231,12 @@ pub enum Rejection {
         /// The earlier one. Of two with one id in the same unit it is the first, which is no more written than the rest.
         known: Known,
     },
+    /// The stimulus at this position was made of a publish under a hold that is barred ([`roaming::Origin`]): its sender goes
+    /// on at another node, which decides it when it comes again.
+    Barred {
+        /// Position among the unit's turns or stimuli.
+        index: usize,
+    },
     /// The fence is stale: another node owns the shard.
     Fenced,
     /// The fence is of the right epoch, but stimuli were lodged that the owner has not looked at, and what comes later must

@@ -7,14 +7,15 @@
 //! - A session is taken under a new number, its *hold*. What is written under an older hold is not applied, however late it
 //!   comes, and what the holder before wrote is either seen by the taker or never applied.
 //! - A row told by [`Roaming::changes`] may be told again; none is left out.
+//! - A stimulus that was made of a session's publish under a hold that is barred is refused, unless it is in the store already.
 //!
-//! Tests: `tests/it/roaming.rs`.
+//! Tests: at the foot; `tests/it/roaming.rs`.
 
 use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::Error;
-use crate::types::{InstanceId, NodeId, TenantId};
+use crate::types::{InstanceId, NodeId, StimulusId, TenantId};
 
 /// A session's place in the store.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -99,6 +100,25 @@ pub struct Sign<'a> {
     pub record: &'a [u8],
 }
 
+/// Which session a stimulus comes from whose sender gave it no id, and under which hold its node had the session. It stands in
+/// the id that the MQTT door gives it: `mq.SESSION.PACKET.CONNECTION.CONTENT.COUNT.HOLD`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Origin<'a> {
+    /// What tells the session from all others of its tenant.
+    pub session: &'a str,
+    /// The hold.
+    pub hold: u64,
+}
+
+impl<'a> Origin<'a> {
+    /// What an id says; `None` when its sender chose it, or its session never leaves its node.
+    pub fn of(id: &'a StimulusId) -> Option<Self> {
+        let mut parts = id.as_str().strip_prefix("mq.")?.split('.');
+        let (session, hold) = (parts.next()?, parts.nth(4)?.parse().ok()?);
+        parts.next().is_none().then_some(Self { session, hold })
+    }
+}
+
 /// Sessions several nodes share. All calls go to the truth itself, never to a replica. Cancel safe.
 #[async_trait]
 pub trait Roaming: Send + Sync + 'static {
@@ -110,6 +130,10 @@ pub trait Roaming: Send + Sync + 'static {
     async fn found(&self, seat: &Seat, node: &NodeId) -> Result<Option<Taken>, Error>;
     /// Takes sessions of these nodes, as far as they do not live, at most `limit`.
     async fn adopt(&self, from: &[String], node: &NodeId, limit: usize) -> Result<Vec<Taken>, Error>;
+    /// From now on nothing new is applied that was made of this session's publishes under this hold or an earlier one (see
+    /// [`Origin`]). When it returns, all that was applied can be read, and none of the rest will ever be. Waits for the
+    /// transactions under way: its caller has a deadline.
+    async fn bar(&self, tenant: &TenantId, origin: Origin<'_>) -> Result<(), Error>;
     /// Which of these nodes do not live.
     async fn dead(&self, nodes: &[String]) -> Result<Vec<String>, Error>;
     /// Sessions that changed since an earlier answer's `until`; 0 for all.
@@ -127,4 +151,20 @@ pub trait Roaming: Send + Sync + 'static {
     async fn part(&self, sign: Sign<'_>, node: Option<&NodeId>) -> Result<bool, Error>;
     /// Instances whose devices were at a node that does not live, at most `limit`.
     async fn abandoned(&self, limit: usize) -> Result<Vec<(TenantId, InstanceId)>, Error>;
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_origin_is_read_from_the_ids_of_the_door_and_from_no_others() {
+        let id = |text: &str| StimulusId::new(text).unwrap();
+        let told = id("mq.00aa.7.146.0b419297.1.38");
+        assert_eq!(Origin::of(&told), Some(Origin { session: "00aa", hold: 38 }));
+        for other in ["mq.00aa.7.146.0b419297.1", "mq.00aa.7.146.0b419297.1.38.2", "mq.a.b.c.d.e.f", "order-7", "mq."] {
+            assert_eq!(Origin::of(&id(other)), None, "{other}");
+        }
+    }
 }

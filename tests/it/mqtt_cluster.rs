@@ -5,8 +5,10 @@ use std::collections::BTreeSet;
 
 use crate::{
     mqtt::raw::{Hello, Raw},
-    support::{cluster::Cluster, http::echo},
+    support::{PATIENCE, cluster::Cluster, http::echo, wait_for, wait_until},
 };
+use nix::sys::signal::Signal;
+use serde_json::json;
 
 /// The first byte of a PUBLISH says that it may have been sent before.
 const DUP: u8 = 8;
@@ -123,6 +125,47 @@ async fn a_session_outlives_its_node() {
     publish(&cluster, 0, "q/1", "from the risen").await;
     expect(&mut device, "from the risen").await;
     watcher.silence().await;
+}
+
+/// A node stands still with a publish in its hands; its client goes elsewhere and sends it again, as it must. The node that
+/// wakes late does not know, and hands on what it had.
+#[tokio::test]
+async fn what_a_node_that_stood_still_had_in_hand_is_not_decided_beside_its_repeat() {
+    const IN: &str = "sophont/default/lamp/in/chat";
+    let cluster = Cluster::start().await;
+    cluster.client(0).put_instance("lamp", &echo()).await;
+    let owner = cluster.owner("lamp").await;
+    let (asleep, awake) = ((owner + 1) % 3, (owner + 2) % 3);
+    let (mut first, _) = at(&cluster, asleep, Hello::v5("dev").lasting()).await;
+    first.publish(IN, "settled", 1, 1).await;
+    assert_eq!(first.ack(0x40).await, (1, 0));
+    cluster.nodes[asleep].signal(Signal::SIGSTOP);
+    first.publish(IN, "once", 1, 2).await;
+
+    let mut second = until_seated(&cluster, awake, Hello::v5("dev").lasting()).await;
+    for _ in 0..2 {
+        second.publish_again(IN, "once", 1, 2).await;
+        assert_eq!(second.ack(0x40).await, (2, 0));
+    }
+    cluster.nodes[asleep].signal(Signal::SIGCONT);
+    while first.packet().await.is_some() {}
+    // Behind what the node still has of this sender.
+    let mark = json!({"id": "mark", "sender": "dev", "content": "mark"});
+    let client = cluster.client(asleep);
+    wait_until("the node takes stimuli again", PATIENCE, async || {
+        client.post("/v1/instances/lamp/stimuli", &mark).await.status.is_success()
+    })
+    .await;
+    assert_eq!(cluster.client(awake).until_decided("lamp", 3).await, ["settled", "once", "mark"]);
+}
+
+/// Connects as soon as the node gets the session.
+async fn until_seated(cluster: &Cluster, node: usize, hello: Hello<'_>) -> Raw {
+    wait_for("the session is given", PATIENCE, async || {
+        let (raw, is_present, code) = Raw::greet(cluster.nodes[node].mqtt(), hello).await;
+        (is_present && code == 0).then_some(raw)
+    })
+    .await
 }
 
 #[tokio::test]

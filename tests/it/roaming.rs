@@ -5,17 +5,17 @@ use std::sync::Arc;
 
 use sophont::{
     store::{
-        Done, MqttRow, MqttWrite, Reader as _, Writer as _,
+        Done, Head, MqttRow, MqttWrite, Reader as _, Rejection, Work, Writer as _,
         ownership::{Joining, Ownership},
         postgres::PostgresStore,
-        roaming::{Holder, Mail, Roaming as _, Seat, Sign},
+        roaming::{Holder, Mail, Origin, Roaming as _, Seat, Sign},
     },
     types::{InstanceId, NodeId, Protocol, Roles, TenantId},
 };
 
 use crate::{
-    store_contract::{SHARDS, open_postgres, postgres_settings},
-    support::postgres,
+    store_contract::{SHARDS, commit, decide, key_of, open_postgres, postgres_settings, record, stimulus, turns},
+    support::{PATIENCE, postgres, wait_until},
 };
 
 async fn store() -> Arc<PostgresStore> {
@@ -163,4 +163,65 @@ async fn an_instance_is_absent_when_its_devices_are_nowhere() {
     assert_eq!(store.retained(&tenant, "p").await.unwrap(), ["offline"]);
     assert_eq!(store.full(1, usize::MAX).await.unwrap(), std::slice::from_ref(&tenant));
     assert!(store.full(2, 1000).await.unwrap().is_empty());
+}
+
+fn made(hold: u64, count: u64) -> String {
+    format!("mq.00000000000000aa.7.3.0b419297.{count}.{hold}")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_made_under_a_barred_hold_is_applied_only_if_it_was_before() {
+    let store = store().await;
+    let lamp = key_of("t", "lamp");
+    let (before, waiting) = (made(5, 1), made(5, 2));
+    let head = decide(&*store, &lamp, Head::default(), &[Some(&before)]).await.unwrap();
+    let accept = |id: &str| Work::Accept { stimuli: vec![Arc::new(stimulus(Some(id)))] };
+    let lodge = |id: &str| Work::Lodge { stimuli: vec![Arc::new(stimulus(Some("a"))), Arc::new(stimulus(Some(id)))] };
+    commit(&*store, &lamp, accept(&waiting)).await.unwrap();
+
+    store.bar(&tenant(), Origin { session: "00000000000000aa", hold: 5 }).await.unwrap();
+    // An older bar takes nothing back.
+    store.bar(&tenant(), Origin { session: "00000000000000aa", hold: 2 }).await.unwrap();
+    let is_barred = |end: Result<_, Rejection>, at| matches!(end, Err(Rejection::Barred { index }) if index == at);
+    for late in [made(5, 3), made(4, 9)] {
+        assert!(is_barred(commit(&*store, &lamp, accept(&late)).await, 0));
+        assert!(is_barred(commit(&*store, &lamp, lodge(&late)).await, 1));
+        let decided = decide(&*store, &lamp, head, &[Some("b"), Some(&late)]).await;
+        assert!(is_barred(decided.map(|_| unreachable!()), 1));
+    }
+    let loaded = store.load(&lamp).await.unwrap();
+    let inbox: Vec<&str> = loaded.inbox.iter().map(|stimulus| stimulus.id.as_str()).collect();
+    assert_eq!((loaded.head, inbox), (head, vec![&*waiting]), "nothing of the units was written");
+
+    // What was applied stays, and is recognised.
+    let again = commit(&*store, &lamp, accept(&before)).await;
+    assert!(matches!(again, Err(Rejection::Duplicate { index: 0, .. })), "{again:?}");
+    let head = turns(&*store, &lamp, head, vec![record(2, stimulus(Some(&waiting)))]).await.unwrap();
+    // Newer holds, other sessions, other tenants and other ids are free.
+    let other = made(5, 4).replace("00aa", "00ab");
+    let head = decide(&*store, &lamp, head, &[Some(&made(6, 1)), Some(&other), Some("c")]).await.unwrap();
+    assert_eq!(head.turn, 5);
+    decide(&*store, &key_of("u", "lamp"), Head::default(), &[Some(&made(5, 5))]).await.unwrap();
+}
+
+/// What may still be applied when the bar is set is waited for.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bar_waits_for_the_transactions_under_way() {
+    let database = postgres::shared().database().await;
+    let store = open_postgres(&postgres_settings(&database)).await;
+    let (client, connection) = tokio_postgres::connect(&database, tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    client.batch_execute("BEGIN; SELECT pg_current_xact_id()").await.unwrap();
+    let bar = {
+        let store = store.clone();
+        tokio::spawn(async move { store.bar(&tenant(), Origin { session: "aa", hold: 5 }).await })
+    };
+    let is_set = async || {
+        let row = client.query_one("SELECT count(*) FROM mqtt_barred", &[]).await.unwrap();
+        row.get::<_, i64>(0) == 1
+    };
+    wait_until("the bar is set", PATIENCE, is_set).await;
+    assert!(!bar.is_finished(), "the open transaction may have begun before it");
+    client.batch_execute("COMMIT").await.unwrap();
+    bar.await.unwrap().unwrap();
 }

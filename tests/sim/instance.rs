@@ -249,7 +249,8 @@ impl Instance {
                 self.repeated(out, index, known);
                 self.reload(*tenure_lodged, random)
             }
-            Err(Rejection::NotFound) => self.go_on(random),
+            // No session of the simulation has a hold.
+            Err(Rejection::NotFound | Rejection::Barred { .. }) => self.go_on(random),
             Err(Rejection::Failed(error)) => {
                 self.give_back(out, &Error::Store(error));
                 let mut wishes: Vec<Wish> = self.reload(*tenure_lodged, random).into_iter().collect();

@@ -25,7 +25,7 @@ use crate::{
     },
     instance::{
         Error, Receipt, Until,
-        inbox::{BEHIND, Waiter, Waiting},
+        inbox::{BARRED, BEHIND, Waiter, Waiting},
     },
     store::{self, Known, Rejection},
     types::{InstanceKey, NodeId, Stimulus},
@@ -368,6 +368,14 @@ impl Lanes {
                     && let Slot::Open(waiting) = std::mem::replace(slot, Slot::Done)
                 {
                     self.known(&name.0, waiting, known, flight.unsure, out);
+                }
+                self.lodge(&name, flight, now, out);
+            }
+            Err(Rejection::Barred { index }) => {
+                if let Some(slot) = flight.slots.get_mut(index)
+                    && let Slot::Open(waiting) = std::mem::replace(slot, Slot::Done)
+                {
+                    self.tell(waiting, &Err(Error::Overloaded(BARRED)));
                 }
                 self.lodge(&name, flight, now, out);
             }
@@ -917,6 +925,26 @@ mod tests {
         let third = bench.sent("b");
         assert!(matches!(two.try_recv(), Ok(Ok(Receipt::Accepted { .. }))));
         assert_eq!((ids(&third), third.after_lodged), (vec!["3"], true));
+    }
+
+    #[test]
+    fn what_is_barred_is_refused_and_the_rest_is_lodged() {
+        let mut bench = Bench::new(Owner::Nobody);
+        let mut one = bench.take("1", Until::Accepted);
+        let (call, lodged) = bench.lodging();
+        assert_eq!(lodged, ["1"]);
+        let (mut two, mut three) = (bench.take("2", Until::Accepted), bench.take("3", Until::Accepted));
+        bench.lanes.lodged(call, Ok(()), bench.now, &mut bench.out);
+        assert!(matches!(one.try_recv(), Ok(Ok(Receipt::Accepted { .. }))));
+        let (call, lodged) = bench.lodging();
+        assert_eq!(lodged, ["2", "3"]);
+        bench.lanes.lodged(call, Err(Rejection::Barred { index: 0 }), bench.now, &mut bench.out);
+        assert!(matches!(two.try_recv(), Ok(Err(Error::Overloaded(BARRED)))));
+        let (call, lodged) = bench.lodging();
+        assert_eq!(lodged, ["3"]);
+        bench.lanes.lodged(call, Ok(()), bench.now, &mut bench.out);
+        assert!(matches!(three.try_recv(), Ok(Ok(Receipt::Accepted { .. }))));
+        assert!(bench.lanes.is_empty());
     }
 
     #[test]

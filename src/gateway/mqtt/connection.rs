@@ -113,6 +113,8 @@ pub(super) struct Connection<S> {
     pub version: Version,
     pub uid: u64,
     pub epoch: u64,
+    /// The number under which this node has the session.
+    pub hold: u64,
     pub is_persistent: bool,
     /// Publishes turned into stimuli on this connection.
     pub counter: u64,
@@ -154,6 +156,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
         let mut connection = Self {
             broker,
             space: admitted.space,
+            hold: admitted.session.hold(),
             session: admitted.session,
             auth: admitted.auth,
             client: admitted.client,

@@ -4,7 +4,7 @@
 //!
 //! A publish without an `id` gets one derived from session, packet id, connection and content, so that the copy a client
 //! sends again after a broken connection (DUP) is recognised: in memory while the broker lives, through the store after a
-//! crash. Not told apart are two different publishes that use one packet id one after the other with the same topic and
+//! crash. When the session comes from a node that cannot say what it took, that is barred before the store is asked. Not told apart are two different publishes that use one packet id one after the other with the same topic and
 //! payload, when the second is sent again: `docs/mqtt.md` says what to do about it. Tests: `tests/it/mqtt.rs`.
 
 use rmqtt_codec::types::{Publish, QoS};
@@ -19,7 +19,7 @@ use super::{
     handshake::TOPIC_ALIASES,
     inbound::{self, Incoming, Reason, Refusal, Target},
     packet::{Broken, Id, Version, code, message_of},
-    session::Taken,
+    session::{NOBODY, Taken},
 };
 use crate::{
     instance::Until,
@@ -122,12 +122,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             let derived = match publish.dup.then(|| self.taken_before(id, hash)).flatten() {
                 Some(before) => before,
                 None => {
-                    if publish.dup && !self.has_taken(id) && self.is_committed(&key, id, hash).await? {
-                        return Ok(Wait::Now(Some(Verdict::Accepted)));
+                    if publish.dup && !self.has_taken(id) {
+                        self.bar_earlier().await?;
+                        if self.is_committed(&key, id, hash).await? {
+                            return Ok(Wait::Now(Some(Verdict::Accepted)));
+                        }
                     }
-                    self.counter += 1;
-                    let text = format!("{}{}.{hash:08x}.{}", self.id_prefix(id), self.epoch, self.counter);
-                    StimulusId::new(text).map_err(|error| Refusal::new(Reason::Unspecified, error.to_string()))?
+                    self.derive(id, hash)?
                 }
             };
             self.remember(Taken { id, hash, stimulus: derived.clone() });
@@ -142,6 +143,27 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Connection<S> {
             answer
         });
         Ok(Wait::Stimulus(answer, instance))
+    }
+
+    /// A new id for a publish that has none.
+    fn derive(&mut self, id: Id, hash: u32) -> Result<StimulusId, Refusal> {
+        self.counter += 1;
+        let mut text = format!("{}{}.{hash:08x}.{}", self.id_prefix(id), self.epoch, self.counter);
+        if self.hold != NOBODY {
+            text.push_str(&format!(".{}", self.hold));
+        }
+        StimulusId::new(text).map_err(|error| Refusal::new(Reason::Unspecified, error.to_string()))
+    }
+
+    /// What nodes took of this client that could not say so is in the store after this, or never will be.
+    async fn bar_earlier(&mut self) -> Result<(), Refusal> {
+        if self.inbound.forgot
+            && let Some(roam) = &self.broker.roam
+        {
+            roam.bar(&self.session.tenant, self.uid, self.hold).await.map_err(|error| unknown(&error))?;
+            self.inbound.forgot = false;
+        }
+        Ok(())
     }
 
     /// Ids of stimuli derived from this session and packet id begin so.

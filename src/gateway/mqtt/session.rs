@@ -101,6 +101,9 @@ pub struct Inbound {
     pub unreleased: BTreeSet<Id>,
     /// The newest stimuli, as many as the client may have unacknowledged.
     pub taken: VecDeque<Taken>,
+    /// Whether the session was taken from a node that could not say what it took of the client's publishes. Before one that
+    /// comes again is taken anew, what that node had on the way is barred.
+    pub forgot: bool,
 }
 
 /// One client id of one tenant.
@@ -159,7 +162,7 @@ pub struct State {
 impl Inbound {
     /// Whether nothing is remembered.
     pub fn is_empty(&self) -> bool {
-        self.unreleased.is_empty() && self.taken.is_empty()
+        self.unreleased.is_empty() && self.taken.is_empty() && !self.forgot
     }
 }
 

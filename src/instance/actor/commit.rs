@@ -10,7 +10,7 @@ use crate::{
         Error, Receipt,
         attention::HELD_BACK,
         events::Event,
-        inbox::{BEHIND, Waiting},
+        inbox::{BARRED, BEHIND, Waiting},
         turn::{self, Standing},
     },
     store::{Committed, DeadLetter, Done, Known, Rejection, Unit, Work},
@@ -111,7 +111,13 @@ impl InstanceActor {
                 self.kept.tenure.learn_lodged(lodged);
                 self.reload(ctx);
             }
-            Err(Rejection::Duplicate { index, known }) => self.repeated(out, index, known, ctx),
+            Err(Rejection::Duplicate { index, known }) => {
+                self.environment.metrics.repeats.increment(1);
+                // One that waits in the store and not here is read before anything that comes later.
+                let waits = matches!(known, Known::Waiting(_));
+                self.leave_out(out, index, &Ok(Receipt::of(known)), waits, ctx);
+            }
+            Err(Rejection::Barred { index }) => self.leave_out(out, index, &Err(Error::Overloaded(BARRED)), false, ctx),
             Err(Rejection::NotFound) => {
                 if let Out::Control(control) = out {
                     control.refuse(Error::NoDeadLetter);
@@ -221,20 +227,13 @@ impl InstanceActor {
         });
     }
 
-    /// A stimulus of the unit was known: its sender gets what became of the first, the others are decided again.
-    pub(super) fn repeated(&mut self, out: Out, index: usize, known: Known, ctx: &mut Context<Self>) {
-        self.environment.metrics.repeats.increment(1);
-        let waits = matches!(known, Known::Waiting(_));
-        let receipt = match known {
-            Known::Waiting(_) => Receipt::Accepted { repeated: true },
-            Known::Decided(turn) => Receipt::Decided { turn, repeated: true },
-            Known::Dead(letter) => Receipt::Dead(letter),
-        };
+    /// A stimulus of the unit is not to be decided here: its sender is told its end, the others are decided again.
+    fn leave_out(&mut self, out: Out, index: usize, end: &Result<Receipt, Error>, look: bool, ctx: &mut Context<Self>) {
         match out {
             Out::Turns(mut decided) => {
                 if index < decided.len() {
                     let (mut waiting, _) = decided.remove(index);
-                    waiting.tell(&Ok(receipt));
+                    waiting.tell(end);
                 }
                 for (waiting, _) in decided.into_iter().rev() {
                     self.agenda().inbox.put_back(waiting);
@@ -242,12 +241,11 @@ impl InstanceActor {
                 self.reload(ctx);
             }
             Out::Accept(ids) => {
-                let repeated = ids.get(index);
-                for mut waiting in self.agenda().inbox.extract(|w| Some(&w.stimulus.id) == repeated && !w.accepted) {
-                    waiting.tell(&Ok(receipt.clone()));
+                let left = ids.get(index);
+                for mut waiting in self.agenda().inbox.extract(|w| Some(&w.stimulus.id) == left && !w.accepted) {
+                    waiting.tell(end);
                 }
-                // It waits in the store and not here: it is read, before anything that comes later.
-                if waits { self.reload(ctx) } else { self.go_on(ctx) }
+                if look { self.reload(ctx) } else { self.go_on(ctx) }
             }
             Out::Bury(..) | Out::Control(_) | Out::Steps(_) => self.go_on(ctx),
         }

@@ -54,6 +54,13 @@ const GONE: Sql = Sql {
     types: &[Type::INT8],
 };
 
+/// Of sessions whose publishes nobody can have on the way any more.
+const BARRED: Sql = Sql {
+    text: "DELETE FROM mqtt_barred WHERE (tenant, session) IN (SELECT tenant, session FROM mqtt_barred
+             WHERE at < now() - interval '1 day' LIMIT $1 FOR UPDATE SKIP LOCKED) RETURNING 1",
+    types: &[Type::INT8],
+};
+
 /// Removes until the store is gone.
 pub(super) async fn run(shared: Weak<Shared>) {
     loop {
@@ -84,5 +91,6 @@ async fn portion(shared: &Shared) -> Result<usize, Failure> {
     let seen = conn.run(&SEEN, &[&expired, &PORTION]).await?.len();
     let lanes = conn.run(&LANES, &[]).await?.len();
     let gone = conn.run(&GONE, &[&PORTION]).await?.len();
-    Ok(turns + episodes + lives + seen + lanes + gone)
+    let barred = conn.run(&BARRED, &[&PORTION]).await?.len();
+    Ok(turns + episodes + lives + seen + lanes + gone + barred)
 }

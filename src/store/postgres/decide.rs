@@ -10,9 +10,19 @@ use std::{
 
 use super::writes::{Asked, Writes};
 use crate::{
-    store::{Committed, Error, Head, Rejection, Unit, Work, check},
+    store::{Committed, Error, Head, Rejection, Unit, Work, check, roaming::Origin},
     types::{InstanceKey, Millis, Profile, Stimulus, StimulusId, TurnRecord},
 };
+
+/// The stimuli that a unit's work may bring into the store.
+fn arriving(work: &Work) -> impl Iterator<Item = &StimulusId> {
+    let (turns, stimuli) = match work {
+        Work::Turns { turns, .. } => (turns.as_slice(), [].as_slice()),
+        Work::Accept { stimuli } | Work::Lodge { stimuli } => ([].as_slice(), stimuli.as_slice()),
+        _ => ([].as_slice(), [].as_slice()),
+    };
+    turns.iter().map(|turn| &turn.stimulus.id).chain(stimuli.iter().map(|stimulus| &stimulus.id))
+}
 
 /// Where an instance stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +66,8 @@ pub(super) struct Questions<'a> {
     pub instances: Vec<&'a InstanceKey>,
     /// Stimuli.
     pub stimuli: Vec<Asked<'a>>,
+    /// MQTT sessions that stimuli come from, each with its tenant.
+    pub sessions: BTreeSet<(&'a str, &'a str)>,
 }
 
 /// What was found.
@@ -67,6 +79,8 @@ pub(super) struct Facts {
     pub instances: HashMap<usize, Standing, ahash::RandomState>,
     /// The stimuli that are known, by their place in the question.
     pub stimuli: HashMap<usize, Places, ahash::RandomState>,
+    /// The newest hold that is barred of each session of which one is, by tenant and session.
+    pub barred: HashMap<(String, String), u64, ahash::RandomState>,
 }
 
 /// Which answers are a unit's.
@@ -100,6 +114,8 @@ impl<'a> Questions<'a> {
         self.shards.insert(unit.fence.shard);
         let key = &unit.key;
         let stimuli = self.stimuli.len();
+        let arriving = arriving(&unit.work).filter_map(Origin::of);
+        self.sessions.extend(arriving.map(|origin| (key.tenant.as_str(), origin.session)));
         let mut asked = |stimulus: &'a StimulusId, life: Option<i64>, wide: bool| {
             self.stimuli.push(Asked { key, stimulus, life, wide });
         };
@@ -200,6 +216,16 @@ impl<'a> Decider<'a, '_> {
         Ok(end)
     }
 
+    /// Whether the session a stimulus comes from went on elsewhere, where it may be sent again under another id.
+    fn is_barred(&self, unit: &Unit, id: &StimulusId) -> bool {
+        if self.facts.barred.is_empty() {
+            return false;
+        }
+        let Some(origin) = Origin::of(id) else { return false };
+        let session = (unit.key.tenant.as_str().to_owned(), origin.session.to_owned());
+        self.facts.barred.get(&session).is_some_and(|barred| origin.hold <= *barred)
+    }
+
     fn places(&self, at: usize) -> Places {
         self.facts.stimuli.get(&at).copied().unwrap_or_default()
     }
@@ -252,6 +278,12 @@ impl<'a> Decider<'a, '_> {
                 return Ok(End::Repeats(index, place));
             }
         }
+        let is_barred = |(index, turn): (usize, &Arc<TurnRecord>)| {
+            self.places(asking.stimuli + index).waiting.is_none() && self.is_barred(unit, &turn.stimulus.id)
+        };
+        if let Some(index) = turns.iter().enumerate().position(is_barred) {
+            return Ok(End::Refused(Rejection::Barred { index }));
+        }
         let life = match life {
             Some(life) => life,
             None => self.create(&unit.key, None, check::created_at(turns), None).life,
@@ -289,6 +321,9 @@ impl<'a> Decider<'a, '_> {
                     return Ok(End::Repeats(index, place));
                 }
             }
+        }
+        if let Some(index) = stimuli.iter().position(|stimulus| self.is_barred(unit, &stimulus.id)) {
+            return Ok(End::Refused(Rejection::Barred { index }));
         }
         let at = stimuli.first().map_or(Millis(0), |stimulus| stimulus.accepted_at);
         let standing = self.create(&unit.key, standing, at, None);

@@ -96,6 +96,11 @@ const STIMULI: Sql = Sql {
            WHERE f.waiting IS NOT NULL OR f.dead IS NOT NULL OR f.decided IS NOT NULL",
     types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::INT8_ARRAY, Type::BOOL_ARRAY],
 };
+const BARRED: Sql = Sql {
+    text: "SELECT b.tenant, b.session, b.hold FROM mqtt_barred b
+           JOIN unnest($1::text[], $2::text[]) g(tenant, session) ON b.tenant = g.tenant AND b.session = g.session",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY],
+};
 const LIVES: Sql = Sql { text: "SELECT nextval('lives') FROM generate_series(1, $1::bigint)", types: &[Type::INT8] };
 const WAITING_AT: Sql = Sql { text: "SELECT rec FROM inbox WHERE ord = $1", types: &[Type::INT8] };
 const DEAD_AT: Sql = Sql { text: "SELECT reason, tries, at, rec FROM dead WHERE ord = $1", types: &[Type::INT8] };
@@ -333,7 +338,7 @@ impl Lane {
             let conn = self.shared.writer().await?;
             // The row stays as it is when it is there: it may be asked for the last batch.
             conn.run(&REGISTER, &[&self.id, &0i64]).await?;
-            for sql in [&MARK, &HOLD, &HOLD_TO_LODGE, &INSTANCES, &STIMULI, &LIVES] {
+            for sql in [&MARK, &HOLD, &HOLD_TO_LODGE, &INSTANCES, &STIMULI, &BARRED, &LIVES] {
                 conn.prepare(sql).await?;
             }
             self.conn = Some(conn);
@@ -490,10 +495,11 @@ impl Attempt<'_> {
         let ids: Vec<&str> = asked.iter().map(|asked| asked.stimulus.as_str()).collect();
         let lives: Vec<Option<i64>> = asked.iter().map(|asked| asked.life).collect();
         let wide: Vec<bool> = asked.iter().map(|asked| asked.wide).collect();
+        let sessions: (Vec<&str>, Vec<&str>) = questions.sessions.iter().copied().unzip();
         let hold = if self.lodges { &HOLD_TO_LODGE } else { &HOLD };
         let mark: [Param<'_>; 2] = [&self.id, &self.number];
         // Sent in this order. The shards are held before anything is looked up: what others committed is seen.
-        let (begun, marked, held, found, known) = futures_util::join!(
+        let (begun, marked, held, found, known, barred) = futures_util::join!(
             conn.batch(&self.shared.begin),
             conn.run(&MARK, &mark),
             async { if shards.is_empty() { Ok(Vec::new()) } else { conn.run(hold, &[&shards]).await } },
@@ -503,6 +509,13 @@ impl Attempt<'_> {
                     Ok(Vec::new())
                 } else {
                     conn.run(&STIMULI, &[&tenants, &instances, &ids, &lives, &wide]).await
+                }
+            },
+            async {
+                if sessions.0.is_empty() {
+                    Ok(Vec::new())
+                } else {
+                    conn.run(&BARRED, &[&sessions.0, &sessions.1]).await
                 }
             },
         );
@@ -525,6 +538,9 @@ impl Attempt<'_> {
                 before: row.try_get(4)?,
             };
             facts.stimuli.insert(place_of(row.try_get(0)?), places);
+        }
+        for row in barred? {
+            facts.barred.insert((row.try_get(0)?, row.try_get(1)?), row.try_get::<_, i64>(2)?.unsigned_abs());
         }
         Ok(facts)
     }

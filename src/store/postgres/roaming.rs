@@ -6,7 +6,7 @@
 //!
 //! Not here: the rules' meaning (`store::roaming`), writes under a hold (`lane`, `writes`). Tests: `tests/it/roaming.rs`.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -23,7 +23,7 @@ use super::{
 use crate::{
     store::{
         Error,
-        roaming::{Changes, Holder, Mail, Roaming, Seat, Seen, Sign, Taken},
+        roaming::{Changes, Holder, Mail, Origin, Roaming, Seat, Seen, Sign, Taken},
     },
     types::{InstanceId, NodeId, TenantId},
 };
@@ -80,6 +80,18 @@ const DEAD: Sql = Sql {
     ),
     types: &[Type::TEXT_ARRAY],
 };
+const BAR: Sql = Sql {
+    text: "INSERT INTO mqtt_barred (tenant, session, hold) VALUES ($1, $2, $3)
+           ON CONFLICT (tenant, session) DO UPDATE SET hold = greatest(mqtt_barred.hold, excluded.hold), at = now()",
+    types: &[Type::TEXT, Type::TEXT, Type::INT8],
+};
+/// The oldest transaction under way that may write, and the one after the newest.
+const UNDER_WAY: Sql = Sql {
+    text: "SELECT pg_snapshot_xmin(s)::text::bigint, pg_snapshot_xmax(s)::text::bigint FROM pg_current_snapshot() s",
+    types: &[],
+};
+/// Pause between two looks at what is under way.
+const LOOK: Duration = Duration::from_millis(5);
 const CHANGES: Sql = Sql {
     text: "SELECT pg_snapshot_xmin(pg_current_snapshot())::text::bigint, c.tenant, c.client, c.node, c.hold, c.rec
            FROM (SELECT 1) one LEFT JOIN (
@@ -214,6 +226,22 @@ impl Roaming for PostgresStore {
         let found = self.rows(&QUEUES, &[&tenants, &clients, &holds]).await?;
         queues(&found, &mut taken)?;
         Ok(taken)
+    }
+
+    async fn bar(&self, tenant: &TenantId, origin: Origin<'_>) -> Result<(), Error> {
+        let (tenant, hold) = (tenant.as_str(), big(origin.hold));
+        self.transact(&[(&BAR, vec![&tenant, &origin.session, &hold])]).await?;
+        let under_way = async || {
+            let found = self.rows(&UNDER_WAY, &[]).await?;
+            let bounds = |row: &Row| Ok::<(i64, i64), Failure>((row.try_get(0)?, row.try_get(1)?));
+            Ok::<_, Error>(found.first().map(bounds).transpose()?.unwrap_or_default())
+        };
+        // A batch has its number before it reads what is barred: one that began later reads this, the others are waited for.
+        let (_, next) = under_way().await?;
+        while under_way().await?.0 < next {
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(())
     }
 
     async fn dead(&self, nodes: &[String]) -> Result<Vec<String>, Error> {

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use reqwest::{Method, StatusCode, header::HeaderMap};
 use serde_json::{Value, json};
 
-use super::{PATIENCE, balancer, truth, wait_for};
+use super::{PATIENCE, balancer, truth, wait_for, wait_until};
 
 /// Longest wait for one answer.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -192,13 +192,17 @@ impl Http {
         Stream { answer, seen: String::new() }
     }
 
-    /// Creates an instance or replaces its profile.
+    /// Creates an instance or replaces its profile; again while its shard is on the move, as the answer then asks.
     ///
     /// # Panics
-    /// When it is refused.
+    /// When it is refused for good.
     pub async fn put_instance(&self, instance: &str, profile: &Value) {
-        let answer = self.put(&format!("/v1/instances/{instance}"), profile).await;
-        assert!(answer.status.is_success(), "{} {}", answer.status, answer.text);
+        wait_until("a profile is taken", PATIENCE, async || {
+            let answer = self.put(&format!("/v1/instances/{instance}"), profile).await;
+            assert!(answer.status.is_success() || answer.status == 503, "{} {}", answer.status, answer.text);
+            answer.status.is_success()
+        })
+        .await;
     }
 
     /// Sends a text under an id and waits for the turn as long as the node does.

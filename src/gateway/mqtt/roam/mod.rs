@@ -315,6 +315,6 @@ impl Memory {
         let id = super::packet::Id::new;
         let taken = taken.into_iter().filter_map(|(at, hash, stimulus)| Some(Taken { id: id(at)?, hash, stimulus }));
         let unreleased = unreleased.into_iter().filter_map(id).collect();
-        Self { inbound: Inbound { unreleased, taken: taken.collect() }, sent }
+        Self { inbound: Inbound { unreleased, taken: taken.collect(), forgot: false }, sent }
     }
 }

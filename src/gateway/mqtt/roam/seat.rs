@@ -3,7 +3,7 @@
 //! Invariants: what a session is in memory is replaced as a whole by what the store said when it was taken; one that another
 //! node took is over here, and its connection is told so. Tests: `tests/it/mqtt_cluster.rs`.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use futures_util::future::OptionFuture;
 
@@ -16,15 +16,18 @@ use crate::{
         packet::code,
         record::{self, Subscription},
         registry::{Space, restore_item},
-        session::{Away, NOBODY, Session, State},
+        session::{Away, Inbound, NOBODY, Session, State},
         will,
     },
     store::{
         self,
-        roaming::{Seat, Seen, Taken},
+        roaming::{Origin, Seat, Seen, Taken},
     },
     types::{NodeId, TenantId},
 };
+
+/// Longest wait for what earlier holders of a session have on the way.
+const BARRED: Duration = Duration::from_secs(3);
 
 /// Why a session cannot be taken.
 #[derive(Debug, thiserror::Error)]
@@ -63,7 +66,7 @@ impl Roam {
                     return Ok(());
                 }
                 match self.sessions.found(&seat, me).await? {
-                    Some(taken) => return settle_in(broker, space, session, taken, Memory::default()),
+                    Some(taken) => return settle_in(broker, space, session, taken, None),
                     None => continue,
                 }
             };
@@ -81,7 +84,7 @@ impl Roam {
             }
             // Somebody else may have taken it meanwhile: then that one is asked.
             if let Some(taken) = self.sessions.claim(&seat, me, holder.hold).await? {
-                settle_in(broker, space, session, taken, memory.unwrap_or_default())?;
+                settle_in(broker, space, session, taken, memory)?;
                 // Before what is published here from now on.
                 self.emptied().await;
                 return Ok(());
@@ -100,6 +103,14 @@ impl Roam {
                 link.close(code::TAKEN_OVER);
                 link.ended().cancelled().await;
             }
+            // The next node is to know all that may be on the way, or that nothing is: without an answer it bars as well.
+            let (forgot, uid) = {
+                let state = session.lock();
+                (state.inbound.forgot, state.uid)
+            };
+            if forgot && self.bar(&session.tenant, uid, session.hold()).await.is_err() {
+                return;
+            }
             let put = {
                 let state = session.lock();
                 let taken = state.inbound.taken.iter();
@@ -116,6 +127,22 @@ impl Roam {
     }
 }
 
+impl Roam {
+    /// Bars what the nodes that had a session before this hold made of its publishes, so that what is not in the store now
+    /// never will be.
+    pub(in crate::gateway::mqtt) async fn bar(
+        &self,
+        tenant: &TenantId,
+        uid: u64,
+        hold: u64,
+    ) -> Result<(), store::Error> {
+        let session = format!("{uid:016x}");
+        let origin = Origin { session: &session, hold: hold.saturating_sub(1) };
+        let barred = tokio::time::timeout(BARRED, self.sessions.bar(tenant, origin)).await;
+        barred.unwrap_or_else(|_| Err(store::Error::Backend(String::from("transactions under way take too long"))))
+    }
+}
+
 impl Broker {
     /// Whether no other node took a session. While the store cannot say, it counts as taken by none.
     pub(in crate::gateway::mqtt) async fn has_still(&self, session: &Session) -> bool {
@@ -128,14 +155,16 @@ impl Broker {
     }
 }
 
-/// Makes a session what the store said when it was taken.
+/// Makes a session what the store said when it was taken, and the node that had it, if that one could be asked.
 fn settle_in(
     broker: &Broker,
     space: &Space,
     session: &Arc<Session>,
     taken: Taken,
-    memory: Memory,
+    memory: Option<Memory>,
 ) -> Result<(), Error> {
+    // What this node remembers of an earlier time is in the memory of who had it since, or is not to be relied on.
+    session.lock().inbound = Inbound::default();
     if taken.record.is_empty() {
         session.set_hold(taken.hold);
         replace(broker, space, session, State { stored: true, ..State::default() });
@@ -143,6 +172,8 @@ fn settle_in(
     }
     let record: record::Session = record::decode(&taken.record)?;
     let was_connected = record.disconnected_at.is_none();
+    let memory = memory
+        .unwrap_or_else(|| Memory { inbound: Inbound { forgot: true, ..Inbound::default() }, ..Memory::default() });
     let mut outbox = Outbox::default();
     for (order, bytes) in &taken.queue {
         match restore_item(*order, record::decode(bytes)?, was_connected || *order <= memory.sent) {
@@ -209,7 +240,7 @@ pub(super) fn adopt(broker: &Broker, taken: Taken) -> Result<(), Error> {
         broker.write_unwatched(vec![session.drop_row()]);
         return Ok(());
     }
-    settle_in(broker, &space, &session, taken, Memory::default())?;
+    settle_in(broker, &space, &session, taken, None)?;
     let mut state = session.lock();
     let next = will::next_look(&state);
     broker.schedule.set(&session, &mut state, next);
