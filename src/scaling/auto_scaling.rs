@@ -267,6 +267,11 @@ mod tests {
                 }
             }
         }
+    }
+
+    proptest! {
+        // Each plays more than three hours.
+        #![proptest_config(ProptestConfig::with_cases(32))]
 
         /// What one node decides for a steady load, and then acted on, comes to rest: no flapping.
         #[test]
