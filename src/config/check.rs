@@ -129,6 +129,7 @@ fn ranges(config: &Config, found: &mut Findings) {
     found.range(&["cognition", "max_tokens_per_turn"], cognition.max_tokens_per_turn, 1..=1_000_000_000);
     found.range(&["delivery", "webhook_seconds"], delivery.webhook_seconds, 1..=300);
     found.range(&["delivery", "max_tries"], delivery.max_tries, 1..=1000);
+    found.range(&["delivery", "max_hops"], delivery.max_hops, 1..=10_000);
     for (name, provider) in &cognition.providers {
         let at = |key| ["cognition", "providers", name.as_str(), key];
         found.range(&at("max_concurrent"), provider.max_concurrent, 1..=10_000);

@@ -579,6 +579,8 @@ pub struct Delivery {
     pub webhook_seconds: u64,
     /// Tries before an effect is given up.
     pub max_tries: u32,
+    /// Most hops from instance to instance that one stimulus from outside may lead to, one after the other.
+    pub max_hops: u32,
 }
 
 /// `[auth]`

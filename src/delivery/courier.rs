@@ -222,6 +222,7 @@ struct Run {
     acceptor: Arc<dyn Acceptor>,
     webhooks: Webhooks,
     max_tries: u32,
+    max_hops: u32,
     clock: Clock,
     drain: Drain,
     finish: CancellationToken,
@@ -263,6 +264,7 @@ impl Run {
             acceptor: parts.acceptor,
             webhooks,
             max_tries: parts.config.max_tries.max(1),
+            max_hops: parts.config.max_hops.max(1),
             clock: parts.clock,
             drain: parts.drain,
             finish,
@@ -633,7 +635,7 @@ impl Run {
         let now = self.clock.now();
         while let Some(item) = self.lanes.next(now) {
             let ports = (self.publisher.clone(), self.acceptor.clone(), self.webhooks.clone());
-            let (call, era) = (item.call(now), self.follow.era());
+            let (call, era) = (item.call(now, self.max_hops), self.follow.era());
             self.under_way.push(Box::pin(async move {
                 let result = match call {
                     Ok(call) => AssertUnwindSafe(carry_out(call, ports)).catch_unwind().await,

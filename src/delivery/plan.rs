@@ -21,6 +21,9 @@ use crate::{
 /// The channel on which a reminder reaches its instance.
 pub(super) const REMINDER_CHANNEL: &str = "reminder";
 
+/// How the id of a stimulus begins that an instance sent to another: `fx.` after one hop, `fx2.` after two.
+const SENT: &str = "fx";
+
 /// The place of an effect among those of its instance: turn, then index. Written `TURN-INDEX`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Seq(pub u64, pub u32);
@@ -223,8 +226,9 @@ impl Item {
     /// What is to be done now.
     ///
     /// # Errors
-    /// A sentence when the effect can never be carried out.
-    pub(super) fn call(&self, now: Millis) -> Result<Call, String> {
+    /// A sentence when the effect can never be carried out: also when it would be one hop more from instance to instance than
+    /// `max_hops` since something came from outside or from a clock.
+    pub(super) fn call(&self, now: Millis, max_hops: u32) -> Result<Call, String> {
         Ok(match &self.effect().kind {
             EffectKind::Reply { to } => {
                 let silent = Reply::default();
@@ -254,7 +258,12 @@ impl Item {
                 Call::Publish(desired.into_iter().chain([part("delta", delta)]).collect())
             }
             EffectKind::Send { instance, channel, content, data } => {
-                let id = repeatable_id("fx", Some(&self.key.instance), self.seq, self.stimulus())?;
+                let hops = hops(self.stimulus());
+                if hops >= max_hops {
+                    return Err(format!("{hops} hops led here, the limit is {max_hops}: instances answer each other"));
+                }
+                let prefix = if hops == 0 { String::from(SENT) } else { format!("{SENT}{}", hops + 1) };
+                let id = repeatable_id(&prefix, Some(&self.key.instance), self.seq, self.stimulus())?;
                 let stimulus = Stimulus {
                     sender: Some(self.key.instance.to_string()),
                     priority: Priority::default_for(Source::Instance),
@@ -323,6 +332,17 @@ fn target(kind: &EffectKind, seq: Seq) -> Target {
     }
 }
 
+/// From how many instances, one after the other, a stimulus comes. Its id says so, which goes wherever the stimulus goes: into
+/// the log, into what is put off, and to other nodes. Whoever chooses an id that looks like one of these has so many hops less.
+fn hops(stimulus: &StimulusId) -> u32 {
+    let rest = stimulus.as_str().strip_prefix(SENT).and_then(|rest| rest.split_once('.'));
+    match rest {
+        Some(("", _)) => 1,
+        Some((digits, _)) if digits.bytes().all(|byte| byte.is_ascii_digit()) => digits.parse().unwrap_or(u32::MAX),
+        _ => 0,
+    }
+}
+
 /// `PREFIX.INSTANCE.TURN-INDEX.MARK`, or `PREFIX.h.HASH` where that would be too long for an id. The mark comes from the
 /// stimulus of the turn: an instance that was forgotten and lives again counts its turns anew, but not over the same stimuli.
 fn repeatable_id(
@@ -385,7 +405,7 @@ mod tests {
 
     fn calls(kinds: Vec<EffectKind>) -> Vec<Call> {
         let turn = turn(kinds);
-        Item::of_turn(&outgoing(&turn)).map(|item| item.call(Millis(2_000)).unwrap()).collect()
+        Item::of_turn(&outgoing(&turn)).map(|item| item.call(Millis(2_000), 16).unwrap()).collect()
     }
 
     fn published(call: &Call) -> &[Message] {
@@ -456,13 +476,58 @@ mod tests {
     }
 
     #[test]
+    fn two_that_answer_each_other_come_to_an_end() {
+        const LIMIT: u32 = 5;
+        let send = |to: &str| EffectKind::Send {
+            instance: InstanceId::new(to).unwrap(),
+            channel: Channel::new("c").unwrap(),
+            content: None,
+            data: None,
+        };
+        let names = ["lamp", "fan"];
+        let mut record = turn(vec![send(names[1])]);
+        let (mut ids, mut at) = (Vec::new(), 0);
+        let refused = loop {
+            let key = InstanceKey::new(TenantId::new("acme").unwrap(), InstanceId::new(names[at % 2]).unwrap());
+            let outgoing = Outgoing { feed: Feed(0), position: 40, key, turn: record.clone() };
+            let item = Item::of_turn(&outgoing).next().unwrap();
+            let kept = Item::of_row(item.put_off(1, Millis(5))).unwrap();
+            let call = item.call(Millis(5), LIMIT);
+            assert_eq!(
+                kept.call(Millis(5), LIMIT).map_err(|e| e.len()),
+                call.clone().map_err(|e| e.len()),
+                "kept or not"
+            );
+            match call {
+                Ok(Call::Accept(_, stimulus)) => {
+                    ids.push(stimulus.id.to_string());
+                    at += 1;
+                    let (turn, effect) = (record.turn, Effect { index: 0, kind: send(names[(at + 1) % 2]) });
+                    let next = TurnRecord { turn, stimulus: *stimulus, effects: vec![effect], ..(*record).clone() };
+                    record = Arc::new(next);
+                }
+                Ok(other) => panic!("{other:?} is no send"),
+                Err(reason) => break reason,
+            }
+        };
+        assert!(refused.starts_with("5 hops led here"), "{refused}");
+        let begins: Vec<_> = ids.iter().map(|id| id.split('.').next().unwrap()).collect();
+        assert_eq!(begins, ["fx", "fx2", "fx3", "fx4", "fx5"]);
+        for (id, known) in
+            [("s1", 0), ("fx", 0), ("fxy.1", 0), ("fx.a.1-0.x", 1), ("fx007.a", 7), ("fx99999999999.a", u32::MAX)]
+        {
+            assert_eq!(hops(&StimulusId::new(id).unwrap()), known, "{id}");
+        }
+    }
+
+    #[test]
     fn a_reminder_waits_for_its_time_and_then_is_a_stimulus_of_its_own_instance() {
         let turn = turn(vec![EffectKind::Remind { due: Millis(9_000), content: Some("tea".into()), data: None }]);
         let item = Item::of_turn(&outgoing(&turn)).next().unwrap();
         assert_eq!(item.put_off_to(Millis(1)), Some(Millis(9_000)));
         let row = Item::of_row(item.put_off(0, Millis(9_000))).unwrap();
         assert_eq!(row.put_off_to(Millis(1)), None);
-        let Call::Accept(to, stimulus) = row.call(Millis(9_001)).unwrap() else { panic!("a stimulus was due") };
+        let Call::Accept(to, stimulus) = row.call(Millis(9_001), 16).unwrap() else { panic!("a stimulus was due") };
         assert_eq!(to, key());
         assert_eq!((stimulus.source, stimulus.priority), (Source::Timer, Priority::Timer));
         assert_eq!((stimulus.channel.as_str(), stimulus.content.as_deref()), ("reminder", Some("tea")));
@@ -486,7 +551,7 @@ mod tests {
         ]);
         for item in Item::of_turn(&outgoing(&turn)) {
             let row = Item::of_row(item.put_off(2, Millis(5))).unwrap();
-            assert_eq!(row.call(Millis(5)).unwrap(), item.call(Millis(5)).unwrap());
+            assert_eq!(row.call(Millis(5), 16).unwrap(), item.call(Millis(5), 16).unwrap());
             assert_eq!((row.target.clone(), row.seq, row.tries()), (item.target.clone(), item.seq, 2));
         }
     }

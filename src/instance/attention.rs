@@ -19,8 +19,6 @@ use crate::types::{
     profile::{AttentionSpec, Interrupt},
 };
 
-/// The engine of a turn whose stimulus shared the thought of the turn before it.
-pub const MERGED: &str = "merged";
 /// The engine of a turn that attention decided: held back, or given up for what the same person said next.
 pub const HELD_BACK: &str = "attention";
 

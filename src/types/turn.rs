@@ -195,7 +195,26 @@ pub enum RecordError {
     Corrupt(#[from] postcard::Error),
 }
 
+/// The engine of a turn whose stimulus shared the thought of an earlier one. Stored with that one's number.
+pub const MERGED: &str = "merged";
+
 impl TurnRecord {
+    /// Who decided, without what is stored beside it.
+    pub fn engine(&self) -> &str {
+        self.engine.strip_prefix(MERGED).and_then(|rest| rest.strip_prefix(':')).map_or(&self.engine, |_| MERGED)
+    }
+
+    /// Notes that this turn shared the thought of an earlier one.
+    pub fn share(&mut self, turn: u64) {
+        self.engine = format!("{MERGED}:{turn}");
+    }
+
+    /// The turn whose thought this one shared. Builds before did not note it: it is the nearest one before this that is not
+    /// merged.
+    pub fn decided_with(&self) -> Option<u64> {
+        self.engine.strip_prefix(MERGED)?.strip_prefix(':')?.parse().ok()
+    }
+
     /// The stored form, appended to `out`.
     ///
     /// # Errors
@@ -215,6 +234,41 @@ impl TurnRecord {
             None => Err(RecordError::Empty),
             Some((&RECORD_VERSION, rest)) => Ok(postcard::from_bytes(rest)?),
             Some((&version, _)) => Err(RecordError::Newer(version)),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_turn_that_shared_a_thought_names_it() {
+        let stimulus = Stimulus::text(super::super::Source::Http, Channel::new("c").unwrap(), "hi", Millis(0));
+        let mut turn = TurnRecord {
+            turn: 9,
+            version: 0,
+            stimulus,
+            outcome: Outcome::Silent,
+            reply: None,
+            effects: vec![],
+            state: StateChange::None,
+            episodes: vec![],
+            steps: 0,
+            engine: String::from(MERGED),
+            model: None,
+            usage: None,
+            error: None,
+            decided_at: Millis(0),
+            epoch: 0,
+        };
+        assert_eq!((turn.engine(), turn.decided_with()), (MERGED, None), "by a build before");
+        turn.share(7);
+        assert_eq!((turn.engine(), turn.decided_with()), (MERGED, Some(7)));
+        for engine in ["llm", "mergedx", "mergers:7"] {
+            turn.engine = String::from(engine);
+            assert_eq!((turn.engine(), turn.decided_with()), (engine, None));
         }
     }
 }

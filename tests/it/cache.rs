@@ -20,7 +20,7 @@ use sophont::{
     types::TenantId,
 };
 
-use crate::support::{Http, Node, PATIENCE, cluster::Cluster, metric, redis::Redis, wait_until};
+use crate::support::{About, Http, Node, PATIENCE, cluster::Cluster, metric, redis::Redis, wait_until};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -342,7 +342,7 @@ async fn a_forgotten_instance_leaves_nothing_behind_at_any_node() {
 
 #[tokio::test]
 async fn one_node_counts_hits_and_its_tiers_are_on_the_metrics_page() {
-    let node = Node::start().await;
+    let node = Node::builder().about(About::Process).start().await;
     let http = node.client();
     http.patch("/v1/instances/lamp/state", &json!({"desired": {"on": true}})).await.expect(200);
     for _ in 0..3 {

@@ -134,7 +134,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let config = config::Delivery { webhook_allow: Vec::new(), webhook_seconds: 5, max_tries: 20 };
+        let config = config::Delivery { webhook_allow: Vec::new(), webhook_seconds: 5, max_tries: 20, max_hops: 16 };
         let (memory, door, clock) = (MemoryStore::new(), Arc::default(), Clock::manual(START));
         let (faults, store) = (memory.faults(), Arc::new(memory));
         Self {

@@ -24,6 +24,7 @@ mod hostile;
 mod http;
 mod instance;
 mod load;
+mod mcp_servers;
 mod membership;
 mod memory;
 mod memory_contract;

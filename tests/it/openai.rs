@@ -11,7 +11,7 @@ use tokio::process::Command;
 
 use crate::{
     steps::outside::{Outside, Point, Said, Stop},
-    support::{About, Http, Node, http::echo, program, root},
+    support::{Http, Node, http::echo, program, root},
 };
 
 /// Longest run of the client's suite.
@@ -28,7 +28,7 @@ fn weather(round: usize, again: usize) -> Said {
 #[tokio::test]
 async fn the_official_client_works_unmodified() {
     let outside = Outside::start(weather).await;
-    let node = Node::builder().about(About::Process).config(&outside.config()).start().await;
+    let node = Node::builder().config(&outside.config()).start().await;
     let http = node.client();
     let rules = echo();
     let again = json!({"engine": "reflex", "reflexes": rules["reflexes"]});
@@ -67,7 +67,7 @@ async fn told(outside: &Outside, http: &Http, messages: &Value) -> Vec<String> {
 #[tokio::test]
 async fn earlier_messages_count_only_without_a_history() {
     let outside = Outside::start(|_, _| Said::Answer("Yes.", vec![])).await;
-    let node = Node::builder().about(About::Process).config(&outside.config()).start().await;
+    let node = Node::builder().config(&outside.config()).start().await;
     let http = node.client();
     let user = |text: &str| json!({"role": "user", "content": text});
     let said = json!({"role": "assistant", "content": "hi"});
@@ -79,7 +79,7 @@ async fn earlier_messages_count_only_without_a_history() {
 
 #[tokio::test]
 async fn refusals_have_the_protocols_form() {
-    let node = Node::builder().about(About::Process).start().await;
+    let node = Node::start().await;
     let answer = node.client().post("/v1/chat/completions", &json!({"model": "ada", "messages": []})).await;
     let error = answer.expect(400)["error"].clone();
     assert_eq!((&error["type"], &error["code"]), (&json!("invalid_request_error"), &json!("invalid")), "{error}");
@@ -110,7 +110,7 @@ async fn a_stream_goes_on_by_the_id_of_its_last_chunk() {
         _ => Said::Answer("All done.", vec![]),
     })
     .await;
-    let mut node = Node::builder().about(About::Process).stable_ports().config(&outside.config()).start().await;
+    let mut node = Node::builder().stable_ports().config(&outside.config()).start().await;
     outside.stop(Stop::Before(Point::Tool(2)));
     let body = json!({"model": "house", "stream": true, "messages": [{"role": "user", "content": "look after it"}]});
     let asked = |node: &Node| {

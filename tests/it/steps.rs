@@ -27,7 +27,7 @@ use sophont::{
 };
 
 use self::outside::{Outside, Point, Said, Stop};
-use crate::support::{About, Http, Node, PATIENCE, cluster::Cluster, wait_until};
+use crate::support::{Http, Node, PATIENCE, cluster::Cluster, wait_until};
 
 /// Rounds of a call and its result: twenty steps before the last answer.
 const ROUNDS: usize = 10;
@@ -59,7 +59,7 @@ fn assert_touched_once(outside: &Outside, times: usize) {
 #[tokio::test]
 async fn a_turn_of_twenty_steps_is_killed_at_every_boundary() {
     let outside = Outside::start(touching).await;
-    let mut node = Node::builder().about(About::Process).config(&outside.config()).start().await;
+    let mut node = Node::builder().config(&outside.config()).start().await;
     let (mut kills, mut slowest) = (0, Duration::ZERO);
     let boundaries = (0..ROUNDS).flat_map(|round| {
         let tool = if round % 2 == 0 { Stop::Before(Point::Tool(round)) } else { Stop::After(Point::Tool(round)) };
@@ -143,7 +143,7 @@ fn scripted() -> Value {
 #[tokio::test]
 async fn a_script_takes_its_steps_and_a_kill_in_between_repeats_none() {
     let outside = Outside::start(touching).await;
-    let mut node = Node::builder().about(About::Process).config(&outside.config()).start().await;
+    let mut node = Node::builder().config(&outside.config()).start().await;
     node.client().put_instance("house", &scripted()).await;
     outside.stop(Stop::Before(Point::Tool(4)));
     node.client().drop_in("house", &json!({"id": "s1", "content": "look after it"})).await.expect(202);
@@ -179,7 +179,7 @@ fn words(text: &str) -> (String, bool) {
 #[tokio::test]
 async fn a_stream_goes_on_after_a_kill_where_committed_words_end() {
     let outside = Outside::start(touching).await;
-    let mut node = Node::builder().about(About::Process).stable_ports().config(&outside.config()).start().await;
+    let mut node = Node::builder().stable_ports().config(&outside.config()).start().await;
     outside.stop(Stop::Before(Point::Tool(2)));
     let body = json!({"id": "s1", "content": "look after it"});
     let events = |http: &Http, method, path: &str| http.request(method, path).header("accept", "text/event-stream");
@@ -214,7 +214,7 @@ async fn a_thought_that_is_tried_again_goes_on_from_its_journal() {
         _ => touching(round, again),
     })
     .await;
-    let node = Node::builder().about(About::Process).config(&outside.config()).start().await;
+    let node = Node::builder().config(&outside.config()).start().await;
     node.client().drop_in("house", &json!({"id": "s1", "content": "look after it"})).await.expect(202);
     node.client().until_status("s1", "decided").await;
     assert_touched_once(&outside, ROUNDS);
@@ -225,7 +225,7 @@ async fn a_thought_that_is_tried_again_goes_on_from_its_journal() {
 #[tokio::test]
 async fn a_turn_goes_no_further_than_it_may() {
     let outside = Outside::start(touching).await;
-    let node = Node::builder().about(About::Process).config(&outside.config()).start().await;
+    let node = Node::builder().config(&outside.config()).start().await;
     let http = node.client();
     http.put_instance("short", &json!({"engine": "llm", "limits": {"max_steps": 5}})).await;
     http.drop_in("short", &json!({"id": "s1", "content": "look after it"})).await.expect(202);

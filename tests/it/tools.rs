@@ -26,7 +26,7 @@ use tokio::{
     process::{Child, Command},
 };
 
-use crate::support::{About, Node, PATIENCE, free_port, program, root, wait_until};
+use crate::support::{Node, PATIENCE, free_port, program, root, wait_until};
 
 /// An instance's memory: what it is asked for is what it finds.
 struct Echo;
@@ -49,11 +49,11 @@ impl Recall for Echo {
     }
 }
 
-fn script() -> String {
+pub fn script() -> String {
     root().join("tests/it/mcp/server.py").display().to_string()
 }
 
-fn over_stdio() -> McpServer {
+pub fn over_stdio() -> McpServer {
     McpServer {
         command: program::python().display().to_string(),
         args: vec![script()],
@@ -65,7 +65,7 @@ fn over_stdio() -> McpServer {
 }
 
 /// Settings that allow everything of these servers.
-fn settings(servers: impl IntoIterator<Item = (&'static str, McpServer)>) -> Tools {
+pub fn settings(servers: impl IntoIterator<Item = (&'static str, McpServer)>) -> Tools {
     let mut tools = Config::default().tools;
     for (name, server) in servers {
         tools.allow.push(format!("{name}.*"));
@@ -75,14 +75,14 @@ fn settings(servers: impl IntoIterator<Item = (&'static str, McpServer)>) -> Too
 }
 
 /// A node's tools, used by one instance.
-struct Bench {
-    registry: Registry,
+pub struct Bench {
+    pub registry: Registry,
     key: InstanceKey,
     profile: Profile,
 }
 
 impl Bench {
-    fn new(settings: Tools, named: &[&str]) -> Self {
+    pub fn new(settings: Tools, named: &[&str]) -> Self {
         let tools = named.iter().map(|name| (*name).to_owned()).collect();
         Self {
             registry: Registry::new(settings, Arc::new(Echo)).unwrap(),
@@ -95,18 +95,18 @@ impl Bench {
         self.registry.offered(&self.key, &self.profile).await
     }
 
-    async fn names(&self) -> Vec<String> {
+    pub async fn names(&self) -> Vec<String> {
         self.offered().await.into_iter().map(|spec| spec.name).collect()
     }
 
-    async fn output(&self, name: &str, arguments: Value, deadline: Duration) -> Output {
+    pub async fn output(&self, name: &str, arguments: Value, deadline: Duration) -> Output {
         let Value::Object(arguments) = arguments else { panic!("an object") };
         let (key, profile) = (&self.key, &self.profile);
         let call = Call { key, profile, name, arguments: &arguments, idempotency: "s.1", deadline, now: Millis(0) };
         self.registry.call(call).await
     }
 
-    async fn call(&self, name: &str, arguments: Value) -> ToolResult {
+    pub async fn call(&self, name: &str, arguments: Value) -> ToolResult {
         self.output(name, arguments, PATIENCE).await.result
     }
 }
@@ -195,7 +195,7 @@ async fn a_troublesome_server_troubles_nobody_else() {
 }
 
 /// Whether a process runs, and is more than a remnant.
-fn runs(pid: &str) -> bool {
+pub fn runs(pid: &str) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     status.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with('Z'))
 }
@@ -233,9 +233,8 @@ async fn a_server_that_cannot_be_started_is_left_out_and_tried_again_later() {
     assert!(bench.call("talker__x", json!({})).await.failed);
 }
 
-/// The server over HTTP; it ends with the value.
-async fn over_http() -> (Child, McpServer) {
-    let port = free_port();
+/// The server over HTTP, on a port; it ends with the value.
+pub async fn serve_http(port: u16) -> Child {
     let child = Command::new(program::python())
         .args([script(), port.to_string()])
         .stdout(Stdio::null())
@@ -247,19 +246,24 @@ async fn over_http() -> (Child, McpServer) {
         tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok()
     })
     .await;
-    let server = McpServer {
+    child
+}
+
+/// How it is reached.
+pub fn over_http(port: u16) -> McpServer {
+    McpServer {
         url: format!("http://127.0.0.1:{port}/mcp"),
         start_seconds: 30,
         max_concurrent: 2,
         ..McpServer::default()
-    };
-    (child, server)
+    }
 }
 
 #[tokio::test]
 async fn a_real_server_over_streamable_http_does_its_tools() {
-    let (mut child, server) = over_http().await;
-    let bench = Bench::new(settings([("web", server)]), &["web.add", "web.flood"]);
+    let port = free_port();
+    let mut child = serve_http(port).await;
+    let bench = Bench::new(settings([("web", over_http(port))]), &["web.add", "web.flood"]);
     assert_eq!(bench.names().await, ["web__add", "web__flood"]);
     assert_eq!(bench.call("web__add", json!({"a": 1, "b": 2})).await, ToolResult::of("3"));
     assert_eq!(bench.call("web__flood", json!({"count": 200_000})).await.content.len(), 64 * 1024);
@@ -268,13 +272,13 @@ async fn a_real_server_over_streamable_http_does_its_tools() {
 }
 
 /// A web host that answers each path as written down, and remembers what it was asked.
-struct Host {
-    address: SocketAddr,
+pub struct Host {
+    pub address: SocketAddr,
     asked: Arc<Mutex<Vec<String>>>,
 }
 
 impl Host {
-    async fn start(answers: impl Fn(&str) -> String + Send + Sync + 'static) -> Self {
+    pub async fn start(answers: impl Fn(&str) -> String + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let asked: Arc<Mutex<Vec<String>>> = Arc::default();
@@ -312,7 +316,7 @@ impl Host {
     }
 }
 
-fn answer(status: &str, headers: &str, body: &str) -> String {
+pub fn answer(status: &str, headers: &str, body: &str) -> String {
     let length = body.len();
     format!("HTTP/1.1 {status}\r\n{headers}content-length: {length}\r\nconnection: close\r\n\r\n{body}")
 }
@@ -431,7 +435,7 @@ async fn an_instance_uses_a_real_server_through_its_tools() {
         program::python(),
         PathBuf::from(script()),
     );
-    let node = Node::builder().about(About::Process).config(&config).start().await;
+    let node = Node::builder().config(&config).start().await;
     let http = node.client();
     let refused =
         http.put("/v1/instances/i", &json!({"engine": "llm", "tools": ["recal"]})).await.problem(400, "INVALID");

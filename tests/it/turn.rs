@@ -4,11 +4,12 @@
 use futures_util::future::join_all;
 use reqwest::Method;
 use serde_json::{Value, json};
+use sophont::telemetry::metric::DELIVERY_GIVEN_UP;
 
 use crate::support::{
     Http, Node, PATIENCE,
     http::{blockable, echo, slow},
-    mosquitto, wait_until,
+    metric, mosquitto, wait_until,
 };
 
 /// Longer than anything a test does while an instance is blocked.
@@ -352,4 +353,28 @@ async fn nothing_leaves_before_its_commit() {
     let told = replies.wait(2).await;
     assert!(told[1].contains("after"), "{told:?}");
     assert_eq!(http.decided("lamp").await, ["before", "while it is full", "after"]);
+}
+
+/// Two that answer whatever they hear from each other: the count of hops goes with the stimulus, wherever it is decided.
+#[tokio::test]
+async fn two_instances_that_answer_each_other_come_to_an_end() {
+    const HOPS: usize = 6;
+    let node = Node::builder().config(&format!("[delivery]\nmax_hops = {HOPS}")).start().await;
+    let http = node.client();
+    for (own, other) in [("ping", "pong"), ("pong", "ping")] {
+        let answer =
+            json!([{"when": "true", "do": [{"send": {"instance": other, "channel": "ball", "content": "yours"}}]}]);
+        http.put_instance(own, &json!({"engine": "reflex", "reflexes": answer})).await;
+    }
+    for round in 1_u8..=2 {
+        http.say("ping", &format!("serve{round}"), "play").await.expect(200);
+        wait_until("the last one is given up", PATIENCE, async || {
+            metric(&http, &format!("{DELIVERY_GIVEN_UP}{{kind=\"send\"}}")).await >= f64::from(round)
+        })
+        .await;
+        let (ping, pong) = (http.turns("ping").await, http.turns("pong").await);
+        assert_eq!(ping.len() + pong.len(), usize::from(round) * (1 + HOPS), "each round is as long: {ping:?}");
+        let last = ping.last().unwrap()["stimulus"]["id"].as_str().unwrap();
+        assert!(last.starts_with(&format!("fx{HOPS}.pong.")), "{last}");
+    }
 }

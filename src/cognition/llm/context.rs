@@ -8,11 +8,13 @@
 //! result stands behind its call, and a call has its result.
 //! Tests: at the foot.
 
+use std::sync::Arc;
+
 use super::tokens;
 use crate::{
     cognition::Question,
     store::Episode,
-    types::{Chat, EpisodeId, Message, Speaker, Stimulus, TurnRecord, chat::LeftCalls},
+    types::{Chat, EpisodeId, Message, Speaker, Stimulus, TurnRecord, chat::LeftCalls, limits::MAX_MERGED_TEXT},
 };
 
 /// Said in the place of a result that had to make room.
@@ -55,8 +57,7 @@ pub(super) fn told(question: &Question, room: usize) -> Vec<Message> {
     let last = heard(&question.stimulus, &mut room);
     let system = system(question, &chat, &mut room);
     let mut before = Vec::new();
-    for turn in question.recent.iter().rev() {
-        let exchange = exchange(turn);
+    for exchange in exchanges(&question.recent).into_iter().rev() {
         if !room.take(&exchange) {
             break;
         }
@@ -211,8 +212,35 @@ fn words(stimulus: &Stimulus) -> String {
     }
 }
 
-/// What was said and answered in a turn; a turn that said nothing is left out.
-fn exchange(turn: &TurnRecord) -> Vec<Message> {
+/// The last turns as exchanges. Those that shared a thought are one: the answer is to all of them.
+fn exchanges(recent: &[Arc<TurnRecord>]) -> Vec<Vec<Message>> {
+    let mut exchanges = Vec::with_capacity(recent.len());
+    let mut rest = recent.iter().peekable();
+    while let Some(turn) = rest.next() {
+        let mut shared = Vec::new();
+        while let Some(other) = rest.next_if(|next| next.decided_with() == Some(turn.turn)) {
+            shared.push(&**other);
+        }
+        exchanges.push(exchange(turn, &shared));
+    }
+    exchanges
+}
+
+/// What several stimuli of one thought said.
+fn listed<'a>(stimuli: impl Iterator<Item = &'a Stimulus>) -> String {
+    let mut text = String::new();
+    for (number, stimulus) in (1..).zip(stimuli) {
+        // Without words it begins with its channel already.
+        let channel = stimulus.content.as_ref().map_or_else(String::new, |_| format!("[{}] ", stimulus.channel));
+        let said = words(stimulus);
+        let end = said.char_indices().nth(MAX_MERGED_TEXT).map_or(said.len(), |(end, _)| end);
+        text.push_str(&format!("{number}. {channel}{}\n", &said[..end]));
+    }
+    text
+}
+
+/// What was said and answered in a turn and those that shared its thought; a turn that said nothing is left out.
+fn exchange(turn: &TurnRecord, shared: &[&TurnRecord]) -> Vec<Message> {
     let Some(reply) = &turn.reply else { return Vec::new() };
     let calls = reply.data.as_ref().and_then(LeftCalls::of).map(LeftCalls::calls).unwrap_or_default();
     let answer = match (&reply.content, &reply.data) {
@@ -223,7 +251,11 @@ fn exchange(turn: &TurnRecord) -> Vec<Message> {
     };
     let mut messages = Chat::of(&turn.stimulus).map(|chat| chat.results).unwrap_or_default();
     if messages.is_empty() || turn.stimulus.content.is_some() {
-        messages.push(Message::said(Speaker::User, words(&turn.stimulus)));
+        let said = match shared {
+            [] => words(&turn.stimulus),
+            shared => listed([turn].into_iter().chain(shared.iter().copied()).map(|turn| &turn.stimulus)),
+        };
+        messages.push(Message::said(Speaker::User, said));
     }
     messages.push(Message { calls, ..Message::said(Speaker::Assistant, answer) });
     messages
@@ -311,6 +343,29 @@ mod tests {
             assert!(messages[0].content.contains(part), "{part} in {}", messages[0].content);
         }
         assert_eq!((messages[1].content.as_str(), messages[3].content.as_str()), ("hello", "on?"));
+    }
+
+    #[test]
+    fn what_shared_a_thought_is_told_together_later() {
+        let with = |number: u64, first: Option<u64>, said: &str, reply: Option<&str>| {
+            let mut record = TurnRecord { turn: number, ..(*turn(said, reply)).clone() };
+            if let Some(first) = first {
+                record.share(first);
+            }
+            Arc::new(record)
+        };
+        let mut question = question("and?");
+        // The first run's own thought is not among the last turns any more.
+        question.recent = vec![
+            with(4, Some(3), "rain", None),
+            with(5, None, "wind", Some("noted")),
+            with(6, Some(5), "storm", None),
+            with(7, Some(5), "hail", Some("noted")),
+            with(8, None, "sun", Some("fine")),
+        ];
+        let told: Vec<String> = told(&question, 4000).into_iter().skip(1).map(|message| message.content).collect();
+        let together = "1. [chat] wind\n2. [chat] storm\n3. [chat] hail\n";
+        assert_eq!(told, [together, "noted", "sun", "fine", "and?"]);
     }
 
     #[test]

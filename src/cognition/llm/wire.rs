@@ -188,6 +188,8 @@ impl Calls {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn put_together(pieces: &[Value]) -> Vec<(String, String, String)> {
@@ -269,5 +271,47 @@ mod tests {
         );
         let result = json!({"role": "tool", "content": "21", "tool_call_id": "a"});
         assert_eq!(spelled(&Message::result("a", "21")), result);
+    }
+
+    /// Any JSON that is not deep.
+    fn anything() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            ".{0,12}".prop_map(Value::from),
+        ];
+        leaf.prop_recursive(3, 24, 4, |inner| {
+            let key = prop_oneof!["index|id|type|function|name|arguments", ".{0,6}"];
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                prop::collection::vec((key, inner), 0..4)
+                    .prop_map(|fields| Value::Object(fields.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn no_pieces_are_too_strange(
+            pieces in prop::collection::vec(anything(), 0..12),
+            forms in prop::collection::vec((prop::option::of(0_usize..4), prop::option::of("[ab]?"), ".{0,3}", anything()), 0..40),
+        ) {
+            let mut calls = Calls::default();
+            let formed = forms.into_iter().map(|(index, id, name, arguments)| {
+                json!({"index": index, "id": id, "function": {"name": name, "arguments": arguments}})
+            });
+            for piece in pieces.into_iter().chain(formed) {
+                // What is no piece is refused, and the others go on.
+                if let Ok(piece) = serde_json::from_value::<Piece>(piece) {
+                    calls.take(piece);
+                }
+            }
+            let made = calls.finish();
+            prop_assert!(made.len() <= MAX_CALLS);
+            let ids: std::collections::HashSet<&str> = made.iter().map(|call| call.id.as_str()).collect();
+            prop_assert_eq!(ids.len(), made.len(), "each has an id of its own: {:?}", made);
+            prop_assert!(made.iter().all(|call| !call.id.is_empty() && !call.name.is_empty()));
+        }
     }
 }

@@ -174,8 +174,11 @@ pub struct TurnView<'a> {
     effects: Vec<EffectView<'a>>,
     /// Model and tool calls made.
     steps: u32,
-    /// Who decided: `reflex`, `scripted` or `llm`.
+    /// Who decided: `reflex`, `scripted` or `llm`; `merged` when it shared a thought, `attention` when none was worth it.
     engine: &'a str,
+    /// The turn whose thought this one shared: that one has the answer, and what was decided with it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    decided_with: Option<u64>,
     model: Option<&'a str>,
     usage: Option<UsageView>,
     #[schema(value_type = String, format = DateTime)]
@@ -208,7 +211,8 @@ impl<'a> From<&'a TurnRecord> for TurnView<'a> {
             reply: turn.reply.as_ref().map(ReplyView::from),
             effects: turn.effects.iter().map(|effect| EffectView::of(turn.turn, effect)).collect(),
             steps: turn.steps,
-            engine: &turn.engine,
+            engine: turn.engine(),
+            decided_with: turn.decided_with(),
             model: turn.model.as_deref(),
             usage: turn.usage.map(usage),
             decided_at: turn.decided_at,

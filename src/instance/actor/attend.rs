@@ -15,13 +15,14 @@ use super::{InstanceActor, State, Thinking};
 use crate::{
     cognition::{Action, Facts, Thought},
     instance::{
-        attention::{self, Attention, Candidate, Interruption, MERGED, Pick, Weight},
+        attention::{self, Attention, Candidate, Interruption, Pick, Weight},
         inbox::Waiting,
         turn::{self, Author, Judgement, Mind, Standing, lane},
     },
     types::{
         EpisodeDraft, Millis, Priority, StateDoc, Stimulus, TurnRecord,
         limits::{MAX_ATTENTION_LOOK, MAX_INTERRUPTS},
+        turn::MERGED,
     },
 };
 
@@ -153,7 +154,7 @@ impl InstanceActor {
         if self.mind().attention.is_some() {
             self.environment.metrics.attention.thought(others.len());
         }
-        let (now, twin) = (record.decided_at, self.environment.twin);
+        let (first, now, twin) = (record.turn, record.decided_at, self.environment.twin);
         let mut standing = before.after(&record);
         let reply = record.reply.clone();
         let mut decided = Vec::with_capacity(1 + others.len());
@@ -162,7 +163,8 @@ impl InstanceActor {
             let said = reply.clone().filter(|_| attention::is_answered(&other.stimulus)).map(Action::Reply);
             let author = Author { engine: MERGED, thought: Thought::default() };
             let said = Ok(said.into_iter().collect());
-            let record = turn::conclude(standing, &other.stimulus, state, said, author, twin, now);
+            let mut record = turn::conclude(standing, &other.stimulus, state, said, author, twin, now);
+            record.share(first);
             standing = standing.after(&record);
             decided.push((other, Arc::new(record)));
         }

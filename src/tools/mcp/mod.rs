@@ -1,24 +1,28 @@
 //! MCP servers: started when first needed, over stdio, or asked over streamable HTTP; started again after a pause that grows.
 //!
 //! The protocol is the official SDK's. Here: when there is a connection, what of a server's tools is told, and in which words
-//! a result reaches an engine. Invariants: one start at a time; everything a server says is bounded in size and time; its
-//! process gets none of the node's environment but what the settings name, and ends with the connection.
-//! Tests: `tests/it/tools.rs` with real servers.
+//! a result reaches an engine. Invariants: one start at a time; everything a server says is bounded in size and time; what it
+//! says of its tools is asked for no oftener than it may; its process gets none of the node's environment but what the settings
+//! name, and ends with the connection, with all that it started.
+//! Tests: at the foot; `tests/it/tools.rs` and `tests/it/mcp_servers.rs` with real servers.
 
 mod process;
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use rmcp::{
-    RoleClient, ServiceExt as _,
+    ClientHandler, RoleClient, ServiceExt as _,
     model::{
         CallToolRequestParams, CallToolResult, ContentBlock, MetaObject, PaginatedRequestParams, RequestMetaObject,
         Tool,
     },
-    service::RunningService,
+    service::{NotificationContext, RunningService},
     transport::{
         StreamableHttpClientTransport, async_rw::AsyncRwTransport,
         streamable_http_client::StreamableHttpClientTransportConfig,
@@ -44,6 +48,8 @@ const MAX_DESCRIPTION_BYTES: usize = 2 * 1024;
 const MAX_PAGES: usize = 16;
 /// A list of tools is read again after this.
 const FRESH: Duration = Duration::from_secs(300);
+/// And no oftener than this, however often the server says that it changed.
+const READ_AT_MOST_EVERY: Duration = Duration::from_secs(2);
 /// Pause before a server that failed is tried again, doubled each time.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// Longest pause.
@@ -68,16 +74,56 @@ enum State {
 }
 
 struct Connection {
-    service: RunningService<RoleClient, ()>,
-    tools: Vec<(String, ToolSpec)>,
+    service: RunningService<RoleClient, Ear>,
+    listed: Mutex<Listed>,
+    reading: tokio::sync::Mutex<()>,
+    changed: Arc<AtomicBool>,
+    since: Instant,
+    /// Starts that failed before this one.
+    failures: u32,
+    process: Option<Process>,
+}
+
+/// What a server said of its tools.
+#[derive(Clone)]
+struct Listed {
+    tools: Arc<Vec<(String, ToolSpec)>>,
     read_at: Instant,
-    // After the service: what still talks to it is gone when it ends.
-    _process: Option<Process>,
+}
+
+/// Hears that a server's tools are others now.
+struct Ear(Arc<AtomicBool>);
+
+impl ClientHandler for Ear {
+    async fn on_tool_list_changed(&self, _: NotificationContext<RoleClient>) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// Whether a list of this age is read again.
+fn is_stale(age: Duration, changed: bool) -> bool {
+    age >= if changed { READ_AT_MOST_EVERY } else { FRESH }
+}
+
+/// How long a server that failed so often is left alone.
+fn pause_after(failures: u32) -> Duration {
+    FIRST_PAUSE.saturating_mul(1 << failures.saturating_sub(1).min(6)).min(LONGEST_PAUSE)
 }
 
 impl Connection {
     fn is_alive(&self) -> bool {
         !self.service.is_closed() && !self.service.peer().is_transport_closed()
+    }
+
+    fn listed(&self) -> Listed {
+        self.listed.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Ends the process at once, for those that still wait for a call of it, too.
+    fn end(&self) {
+        if let Some(process) = &self.process {
+            process.kill();
+        }
     }
 }
 
@@ -104,7 +150,32 @@ impl Server {
 
     /// Its tools: as people name them, and as an engine is told.
     pub(super) async fn tools(&self) -> Result<Vec<(String, ToolSpec)>, String> {
-        Ok(self.connection().await?.tools.clone())
+        let connection = self.connection().await?;
+        self.read_again(&connection).await;
+        Ok((*connection.listed().tools).clone())
+    }
+
+    /// Reads a list of tools that is old, or said to have changed. Who comes while it is read takes the old one, and so does
+    /// whom the server gives no new one.
+    async fn read_again(&self, connection: &Connection) {
+        let is_stale = || is_stale(connection.listed().read_at.elapsed(), connection.changed.load(Ordering::Acquire));
+        let Ok(_reading) = connection.reading.try_lock() else { return };
+        if !is_stale() {
+            return;
+        }
+        // What changes while it is read is read once more.
+        connection.changed.store(false, Ordering::Release);
+        let late = || Err(String::from("no list in time"));
+        let read = tokio::time::timeout(self.start_limit(), self.read_tools(&connection.service)).await;
+        let tools = match read.unwrap_or_else(|_| late()) {
+            Ok(tools) => Arc::new(tools),
+            Err(reason) => {
+                tracing::warn!(server = self.name, reason, "a server's tools could not be read again");
+                connection.listed().tools
+            }
+        };
+        let mut listed = connection.listed.lock().unwrap_or_else(PoisonError::into_inner);
+        *listed = Listed { tools, read_at: Instant::now() };
     }
 
     /// Calls a tool.
@@ -123,7 +194,9 @@ impl Server {
     /// Ends the connection and the process.
     pub(super) async fn stop(&self) {
         let _starting = self.starting.lock().await;
-        *self.state() = State::Idle;
+        if let State::Up(connection) = std::mem::replace(&mut *self.state(), State::Idle) {
+            connection.end();
+        }
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
@@ -132,13 +205,27 @@ impl Server {
 
     /// The connection there is; `None` when one is to be made.
     fn current(&self) -> Result<Option<Arc<Connection>>, String> {
-        match &*self.state() {
-            State::Up(connection) if connection.is_alive() && connection.read_at.elapsed() < FRESH => {
-                Ok(Some(connection.clone()))
+        let mut state = self.state();
+        if let State::Up(connection) = &*state {
+            if connection.is_alive() {
+                return Ok(Some(connection.clone()));
             }
+            connection.end();
+            // One that ends again and again soon after its start is no better than one that does not start.
+            let failures = if connection.since.elapsed() < LONGEST_PAUSE { connection.failures + 1 } else { 1 };
+            *state = self.down(failures, "it ended");
+        }
+        match &*state {
             State::Down { until, reason, .. } if Instant::now() < *until => Err(reason.clone()),
             State::Idle | State::Up(_) | State::Down { .. } => Ok(None),
         }
+    }
+
+    fn down(&self, failures: u32, reason: &str) -> State {
+        let pause = pause_after(failures);
+        let reason = cut(format!("MCP server '{}': {reason}", self.name), 1024);
+        tracing::warn!(server = self.name, reason, failures, ?pause, "an MCP server is not there");
+        State::Down { until: Instant::now() + pause, failures, reason }
     }
 
     /// The connection, made when there is none. Whoever comes meanwhile waits for the same start.
@@ -150,29 +237,28 @@ impl Server {
         if let Some(connection) = self.current()? {
             return Ok(connection);
         }
+        let failures = if let State::Down { failures, .. } = &*self.state() { *failures } else { 0 };
         let limit = self.start_limit();
         let late = || Err(format!("it did not start within {limit:?}"));
-        let started = tokio::time::timeout(limit, self.start()).await.unwrap_or_else(|_| late());
+        let started = tokio::time::timeout(limit, self.start(failures)).await.unwrap_or_else(|_| late());
         let mut state = self.state();
         match started {
             Ok(connection) => {
-                tracing::info!(server = self.name, tools = connection.tools.len(), "an MCP server is there");
+                tracing::info!(server = self.name, tools = connection.listed().tools.len(), "an MCP server is there");
                 let connection = Arc::new(connection);
                 *state = State::Up(connection.clone());
                 Ok(connection)
             }
             Err(reason) => {
-                let failures = if let State::Down { failures, .. } = &*state { failures + 1 } else { 1 };
-                let pause = FIRST_PAUSE.saturating_mul(1 << (failures - 1).min(6)).min(LONGEST_PAUSE);
-                let reason = cut(format!("MCP server '{}': {reason}", self.name), 1024);
-                tracing::warn!(server = self.name, reason, failures, ?pause, "an MCP server is not there");
-                *state = State::Down { until: Instant::now() + pause, failures, reason: reason.clone() };
-                Err(reason)
+                *state = self.down(failures + 1, &reason);
+                if let State::Down { reason, .. } = &*state { Err(reason.clone()) } else { Err(reason) }
             }
         }
     }
 
-    async fn start(&self) -> Result<Connection, String> {
+    async fn start(&self, failures: u32) -> Result<Connection, String> {
+        let changed = Arc::new(AtomicBool::new(false));
+        let ear = Ear(changed.clone());
         let (service, process) = if self.settings.command.is_empty() {
             let mut config = StreamableHttpClientTransportConfig::with_uri(self.settings.url.as_str())
                 .max_sse_event_size(MAX_MESSAGE_BYTES)
@@ -181,20 +267,22 @@ impl Server {
                 config = config.auth_header(token);
             }
             let transport = StreamableHttpClientTransport::from_config(config);
-            (().serve(transport).await.map_err(|error| error.to_string())?, None)
+            (ear.serve(transport).await.map_err(|error| error.to_string())?, None)
         } else {
             let mut process = Process::start(&self.settings)?;
             let (output, input) = process.pipes()?;
             let transport = AsyncRwTransport::new(output, input).with_max_line_length(MAX_MESSAGE_BYTES);
-            let service = ().serve(transport).await;
+            let service = ear.serve(transport).await;
             let service = service.map_err(|error| format!("{error}; it last said: {}", process.last_words()))?;
             (service, Some(process))
         };
-        let tools = self.read_tools(&service).await?;
-        Ok(Connection { service, tools, read_at: Instant::now(), _process: process })
+        let tools = Arc::new(self.read_tools(&service).await?);
+        let since = Instant::now();
+        let (listed, reading) = (Mutex::new(Listed { tools, read_at: since }), tokio::sync::Mutex::default());
+        Ok(Connection { service, listed, reading, changed, since, failures, process })
     }
 
-    async fn read_tools(&self, service: &RunningService<RoleClient, ()>) -> Result<Vec<(String, ToolSpec)>, String> {
+    async fn read_tools(&self, service: &RunningService<RoleClient, Ear>) -> Result<Vec<(String, ToolSpec)>, String> {
         let mut tools = Vec::new();
         let mut cursor = None;
         for _ in 0..MAX_PAGES {
@@ -250,4 +338,65 @@ fn told(result: &CallToolResult, most: usize) -> Result<String, String> {
     }
     let text = cut(text, most);
     if result.is_error == Some(true) { Err(text) } else { Ok(text) }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_list_is_read_again_when_it_is_old_or_changed_and_never_all_the_time() {
+        assert!(!is_stale(Duration::ZERO, true), "however often a server says so");
+        assert!(is_stale(READ_AT_MOST_EVERY, true));
+        assert!(!is_stale(READ_AT_MOST_EVERY, false));
+        assert!(is_stale(FRESH, false));
+    }
+
+    #[test]
+    fn pauses_double_up_to_the_longest() {
+        let pauses: Vec<u64> = [0, 1, 2, 3, 6, 7, 8, u32::MAX].into_iter().map(|n| pause_after(n).as_secs()).collect();
+        assert_eq!(pauses, [1, 1, 2, 4, 32, 60, 60, 60]);
+    }
+
+    proptest! {
+        #[test]
+        fn no_tool_of_a_server_is_too_strange(
+            name in "[a-z_.-]{0,70}|.{0,8}",
+            description in prop::option::of(".{0,3000}"),
+            (key, value) in ("type|properties|[$]ref|.{0,6}", ".{0,20}"),
+            long in 0_usize..40_000,
+        ) {
+            let server = Server::new(String::from("s"), McpServer { max_concurrent: 1, ..McpServer::default() }, 1024);
+            let schema = json!({key: value, "x": "y".repeat(long)});
+            let told = json!({"name": name, "description": description, "inputSchema": schema, "annotations": {"readOnlyHint": true}});
+            if let Ok(tool) = serde_json::from_value::<Tool>(told)
+                && let Some((name, spec)) = server.told_of(&tool)
+            {
+                prop_assert!(ToolSpec::is_name(&spec.name) && spec.repeatable);
+                prop_assert_eq!(scope::permission_of(&spec.name), Some(name), "the way back is the way there");
+                prop_assert!(spec.description.len() <= MAX_DESCRIPTION_BYTES);
+                prop_assert!(spec.parameters.get().len() <= MAX_SCHEMA_BYTES);
+            }
+        }
+
+        #[test]
+        fn no_result_of_a_server_is_too_strange(
+            blocks in prop::collection::vec(("text|image|audio|resource|resource_link|[a-z]{0,5}", ".{0,200}"), 0..6),
+            is_error in prop::option::of(any::<bool>()),
+            most in 64_usize..300,
+        ) {
+            let content: Vec<Value> = blocks.iter().map(|(kind, text)| {
+                json!({"type": kind, "text": text, "data": text, "mimeType": "a/b", "uri": text, "name": text,
+                    "resource": {"uri": text, "text": text}})
+            }).collect();
+            if let Ok(result) = serde_json::from_value::<CallToolResult>(json!({"content": content, "isError": is_error})) {
+                let said = told(&result, most);
+                prop_assert_eq!(said.is_err(), is_error == Some(true));
+                prop_assert!(said.unwrap_or_else(|said| said).len() <= most);
+            }
+        }
+    }
 }

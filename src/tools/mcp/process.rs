@@ -1,10 +1,16 @@
 //! The process of an MCP server: what it is given, what it last said on its standard error, and its end.
+//!
+//! Invariant: it leads a group of its own, and what it started (`npx`, `uvx` and shells start the server proper) ends with it.
 
 use std::{
     process::Stdio,
     sync::{Arc, Mutex, PoisonError},
 };
 
+use nix::{
+    sys::signal::{Signal, killpg},
+    unistd::Pid,
+};
 use tokio::{
     io::AsyncReadExt as _,
     process::{Child, ChildStderr, ChildStdin, ChildStdout, Command},
@@ -17,7 +23,7 @@ const COMMON: [&str; 4] = ["PATH", "HOME", "LANG", "TMPDIR"];
 /// How much of its standard error is kept, in bytes.
 const LAST_WORDS: usize = 2048;
 
-/// A running server. Dropping it kills it.
+/// A running server. Dropping it kills it with all of its group.
 pub(super) struct Process {
     child: Child,
     said: Arc<Mutex<Vec<u8>>>,
@@ -36,6 +42,7 @@ impl Process {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
+            .process_group(0)
             .kill_on_drop(true);
         let mut child = command.spawn().map_err(|error| format!("{} cannot be started: {error}", settings.command))?;
         let said = Arc::new(Mutex::new(Vec::new()));
@@ -50,10 +57,26 @@ impl Process {
         self.child.stdout.take().zip(self.child.stdin.take()).ok_or_else(|| String::from("it has no pipes"))
     }
 
+    /// Ends it and what it started, at once. Nobody waits for the process before it is dropped, so until then no other group
+    /// can have its number.
+    pub(super) fn kill(&self) {
+        let group = self.child.id().and_then(|id| i32::try_from(id).ok());
+        if let Some(group) = group {
+            // An error means that nothing of it is left.
+            let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+        }
+    }
+
     /// What it last said on its standard error.
     pub(super) fn last_words(&self) -> String {
         let said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
         String::from_utf8_lossy(&said).trim().to_owned()
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.kill();
     }
 }
 

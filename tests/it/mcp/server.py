@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver import Context, MCPServer
 
 server = MCPServer("trouble")
 
@@ -50,6 +50,15 @@ def process() -> str:
 def fail() -> str:
     """Fails."""
     raise ValueError("on purpose")
+
+
+@server.tool()
+async def grow(ctx: Context) -> str:
+    """Gets one more tool, and says so a hundred times."""
+    server.add_tool(add, name="grown")
+    for _ in range(100):
+        await ctx.session.send_tool_list_changed()
+    return "grown"
 
 
 if len(sys.argv) > 1:

@@ -389,6 +389,8 @@ pub fn refused(status: u16, code: &str, message: &str) -> Value {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn read(body: &Value, is_new: bool) -> Result<Stimulus, Refusal> {
@@ -459,6 +461,33 @@ mod tests {
             body["model"] = json!("ada");
             let refusal = read(&body, true).unwrap_err().to_string();
             assert!(refusal.contains(why), "{refusal}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_request_is_too_strange(
+            at in any::<prop::sample::Index>(),
+            cut in 0_usize..20,
+            put in "[\\[\\]{}\",:a-z0-9\\\\]{0,8}|null|\\{\\}|\\[\\]|.{0,4}",
+            role in "user|system|assistant|tool|developer|[a-z]{0,4}",
+            is_new: bool,
+        ) {
+            let calls = json!([{"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}]);
+            let body = json!({"model": "ada", "n": 1, "user": "u", "tools": [{"type": "function", "function": {"name": "look"}}],
+                "messages": [{"role": "system", "content": "be"}, {"role": "assistant", "content": null, "tool_calls": calls},
+                    {"role": "tool", "tool_call_id": "c", "content": "x"}, {"role": role, "content": [{"type": "text", "text": "hi"}]}]});
+            let mut text = body.to_string();
+            let start = (0..=at.index(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+            let end = (start + cut).min(text.len());
+            text.replace_range(start..end, &put);
+            if let Ok(request) = serde_json::from_str::<Request>(&text) {
+                let who = AuthContext::loopback(TenantId::new("t").unwrap());
+                if let Ok(stimulus) = request.into_stimulus(&who, None, is_new, Millis(0)) {
+                    // What was taken can be told to a model, whatever it was.
+                    prop_assert!(stimulus.content_type.is_none() || Chat::of(&stimulus).is_some());
+                }
+            }
         }
     }
 }

@@ -130,6 +130,8 @@ impl Note {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn samples() -> Vec<Note> {
@@ -175,4 +177,20 @@ mod tests {
         "0108040174022f63",
         "0109040107010809017306",
     ];
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..120)) {
+            let _ = Note::decode(&bytes);
+        }
+
+        #[test]
+        fn damaged_notes_are_read_or_refused(of in 0_usize..10, at in any::<prop::sample::Index>(), with: u8, cut: prop::sample::Index) {
+            let mut bytes = samples()[of].encode().unwrap().to_vec();
+            let at = at.index(bytes.len());
+            bytes[at] = with;
+            bytes.truncate(cut.index(bytes.len() + 1));
+            let _ = Note::decode(&bytes);
+        }
+    }
 }
