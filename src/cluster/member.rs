@@ -24,6 +24,7 @@ use super::{
     copies::{self, Copies},
     forward::{self, Forwarder, Local, Owner, Owners},
     gauge::{Claimed, Gauge},
+    hearing::Hearing,
     lease::Terms,
     membership::{self, Holder, Membership, Scales, Standing},
     operations::Operations,
@@ -227,12 +228,13 @@ impl Member {
         // Nobody else sets it.
         let _ = map.membership.set(membership.clone());
         let watches = Watches::start(&environment.hub, &forwarder, &drain, &handle);
+        let hearing = Hearing::start(&environment.ears, &forwarder, understood(&balancer, 4));
         let copies = Copies::new(copies::Parts {
             environment: environment.clone(),
             owners: map.clone(),
             bus: bus.clone(),
             served: served(&shards, &membership),
-            understood: understood(&balancer),
+            understood: understood(&balancer, 3),
             answer: Duration::from_millis(config.redis.answer_ms),
             deaf: config.faults.drop_invalidations,
             handle: handle.clone(),
@@ -240,11 +242,12 @@ impl Member {
         copies.tell(&drain);
         let (hears, watching, weighs) = (membership.clone(), watches.clone(), balancer.clone());
         let (copying, losing) = (copies.clone(), copies.clone());
+        let listening = hearing.clone();
         let relays = Arc::new(OnceLock::<Hears>::new());
         let door = relays.clone();
         let news = Box::new(move |from: NodeId, age_ms: u64, message: Message| {
             let message = copying.hear(&from, age_ms, message).err();
-            let Some(message) = message else { return };
+            let Some(message) = message.and_then(|message| listening.hear(from.clone(), message).err()) else { return };
             match watching.hear(from.clone(), message) {
                 Err(Message::Load(load)) => {
                     weighs.hear(from, load, Duration::ZERO);
@@ -261,7 +264,7 @@ impl Member {
         });
         let local = Local::new(shards, environment, news).on_lost(move |to| losing.lost(to));
         forwarder.serve(inlet, Arc::new(local), &drain);
-        handle.spawn(follow(membership.clone(), forwarder.clone(), watches, drain, alone.clone()));
+        handle.spawn(follow(membership.clone(), forwarder.clone(), (watches, hearing), drain, alone.clone()));
         let settled = |standing: &Standing| standing.open > 0 || (standing.version > 1 && !standing.alone);
         let _ = tokio::time::timeout(terms.lease, membership.standing().wait_for(settled)).await;
         Ok(Self {
@@ -400,11 +403,10 @@ fn served(shards: &Shards, membership: &Membership) -> copies::Served {
     Box::new(move |key| shards.epoch(shards.shard_of(key)).filter(|_| membership.serves()))
 }
 
-/// Whether all nodes know what is asked about copies.
-fn understood(balancer: &Balancer) -> Box<dyn Fn() -> bool + Send + Sync> {
-    const SINCE: u32 = 3;
+/// Whether all nodes know what is said since a version of the protocol.
+fn understood(balancer: &Balancer, since: u32) -> Box<dyn Fn() -> bool + Send + Sync> {
     let balancer = balancer.clone();
-    Box::new(move || balancer.routing().spoken() >= SINCE)
+    Box::new(move || balancer.routing().spoken() >= since)
 }
 
 impl Scales for Balancer {
@@ -420,7 +422,13 @@ impl Scales for Balancer {
 }
 
 /// Tells forwarding and watches of every new table.
-async fn follow(membership: Membership, forwarder: Forwarder, watches: Watches, drain: Drain, alone: Arc<AtomicBool>) {
+async fn follow(
+    membership: Membership,
+    forwarder: Forwarder,
+    (watches, hearing): (Watches, Hearing),
+    drain: Drain,
+    alone: Arc<AtomicBool>,
+) {
     let mut standing = membership.standing();
     let mut intruders: Vec<NodeId> = Vec::new();
     loop {
@@ -430,6 +438,7 @@ async fn follow(membership: Membership, forwarder: Forwarder, watches: Watches, 
         }
         forwarder.moved();
         watches.moved();
+        hearing.moved();
         if alone.load(Ordering::Acquire) {
             let others = others(&membership);
             if !others.is_empty() && others != intruders {

@@ -12,6 +12,7 @@ pub mod calls;
 pub mod copies;
 pub mod forward;
 mod gauge;
+pub mod hearing;
 pub mod lease;
 pub mod member;
 pub mod membership;
@@ -28,7 +29,8 @@ pub mod watch;
 /// - 1: the first.
 /// - 2: nodes tell each other now and then how busy they are.
 /// - 3: nodes ask the owner of an instance whether what they hold of its state is the newest.
-pub const PROTOCOL: Protocol = Protocol { min: 1, max: 3 };
+/// - 4: nodes tell the owner of an instance who at their doors listens to which answer.
+pub const PROTOCOL: Protocol = Protocol { min: 1, max: 4 };
 
 pub use membership::Membership;
 pub use operations::Operations;

@@ -24,6 +24,7 @@ use super::{
 use crate::{
     instance::{
         Error, Receipt, Until,
+        ears::Ears,
         environment::Environment,
         events::Hub,
         inbox::{Line, Waiter, Waiting},
@@ -292,6 +293,11 @@ impl Router {
     /// Watches of instances.
     pub fn hub(&self) -> &Hub {
         &self.0.environment.hub
+    }
+
+    /// Who still waits for what.
+    pub fn ears(&self) -> &Ears {
+        &self.0.environment.ears
     }
 
     /// The store, for reads (turns, stimuli, dead letters, listings).

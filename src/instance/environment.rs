@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Error, attention::Attention, events::Hub, turn::Mind};
+use super::{Error, attention::Attention, ears::Ears, events::Hub, turn::Mind};
 use crate::{
     cognition::{Bounds, Engines, Pace, Toolbox, reflex::RuleSet, toolbox},
     config::{self, Config, MqttMode},
@@ -31,6 +31,8 @@ pub struct Environment {
     pub memory: Arc<Memory>,
     /// Watches.
     pub hub: Hub,
+    /// Who still waits for what.
+    pub ears: Ears,
     /// What is held of what is dear to load or to make.
     pub cache: TieredCache,
     /// Committed states, for readers.
@@ -72,6 +74,7 @@ impl Environment {
             store,
             clock,
             hub: Hub::default(),
+            ears: Ears::default(),
             states: States::new(cache.clone(), config.faults.cache_blind),
             cache,
             minds,
@@ -209,6 +212,8 @@ pub struct Metrics {
     pub repeats: metrics::Counter,
     /// Stimuli given up.
     pub dead_letters: metrics::Counter,
+    /// Stimuli whose thought was cancelled because nobody waited for it any more.
+    pub unheard: metrics::Counter,
     /// Panics caught.
     pub panics: metrics::Counter,
     /// Activations.
@@ -291,6 +296,7 @@ impl Default for Metrics {
             slow_seconds: metrics::histogram!(metric::TURN_SECONDS, "path" => "slow"),
             repeats: metrics::counter!(metric::REPEATS),
             dead_letters: metrics::counter!(metric::DEAD_LETTERS),
+            unheard: metrics::counter!(metric::UNHEARD),
             panics: metrics::counter!(metric::PANICS),
             activations: metrics::counter!(metric::ACTIVATIONS),
             passivations: metrics::counter!(metric::PASSIVATIONS),

@@ -15,6 +15,7 @@ use crate::{
 
 pub mod actor;
 pub mod attention;
+pub mod ears;
 pub mod environment;
 pub mod events;
 pub mod inbox;

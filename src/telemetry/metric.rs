@@ -75,6 +75,8 @@ metrics! {
     ATTENTION_SAVED = Gauge "sophont_instance_attention_saved_ratio";
     /// Thoughts interrupted for a person, by policy (`merge`, `cancel`).
     INTERRUPTED = Counter "sophont_instance_interrupted_thoughts_total";
+    /// Stimuli that were thought about no further because nobody waited for the answer any more.
+    UNHEARD = Counter "sophont_instance_unheard_stimuli_total";
     /// Instances in memory.
     ACTIVE = Gauge "sophont_instance_active";
     /// Activations.

@@ -128,6 +128,10 @@ pub struct Limits {
     /// Most tokens of all model calls of one turn together; not above the node's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_tokens_per_turn: Option<u64>,
+    /// A stimulus whose sender left while it waited for the answer is thought about no further when nobody else has waited for
+    /// it for so long, in seconds. Absent: the turn goes on to its end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cancel_unheard_seconds: Option<u32>,
 }
 
 impl Limits {

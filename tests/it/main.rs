@@ -52,4 +52,5 @@ mod thinking;
 mod tools;
 mod transport;
 mod turn;
+mod unheard;
 mod upgrade;

@@ -142,6 +142,18 @@ impl Subject {
         }
     }
 
+    /// Where its file lies.
+    pub fn folder(&self) -> Option<&std::path::Path> {
+        self.sqlite.as_ref().map(|sqlite| sqlite.folder.path())
+    }
+
+    /// The address of its database, without a pooler between.
+    pub fn url(&self) -> Option<String> {
+        let postgres = &self.postgres.as_ref()?.postgres;
+        let direct = Some(postgres.direct_url.clone()).filter(|url| !url.is_empty());
+        direct.or_else(|| Some(postgres.url.clone()))
+    }
+
     /// Whether it can be opened again.
     pub fn is_durable(&self) -> bool {
         self.sqlite.is_some() || self.postgres.is_some()

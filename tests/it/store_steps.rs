@@ -38,6 +38,7 @@ contract! {
     steps_go_with_burial_and_with_the_instance
     a_step_written_again_stands_as_the_later_one
     a_former_owner_writes_no_steps
+    a_hundred_steps_cost_little_more_than_what_is_different_in_them
 }
 
 /// A step with a long text, of which two are alike.
@@ -154,4 +155,88 @@ async fn a_former_owner_writes_no_steps(subject: Subject) {
     store.submit(Unit { key: key.clone(), fence: Fence { epoch: 1, ..fence(&key) }, work, done });
     assert!(matches!(end.await.unwrap(), Err(Rejection::Fenced)));
     assert_eq!(journal(store, &key, &one).await, []);
+}
+
+/// Prose of about so many bytes that stands nowhere else.
+fn prose(seed: &mut u64, bytes: usize) -> String {
+    const WORDS: &str = "the lamp in hall was broken and nobody had seen it before evening when Anna came home to find that every \
+                         window of old house stood open though wind blew from sea with rain so cold she closed them one by one";
+    let words: Vec<&str> = WORDS.split(' ').collect();
+    let mut text = String::new();
+    while text.len() < bytes {
+        *seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        text.push_str(words[(*seed >> 33) as usize % words.len()]);
+        text.push(' ');
+    }
+    text
+}
+
+/// A turn of a hundred steps: fifty answers in pieces as a model streams them, each with a call, and what came of it; every fifth
+/// result was there before. And the bytes of all that is different in it.
+fn long_turn(result: usize) -> (Vec<Step>, usize) {
+    let mut seed = 7;
+    let mut unique = std::collections::HashSet::new();
+    let mut keep = |text: &str| {
+        unique.insert(text.to_owned());
+    };
+    let (scene, task) = (prose(&mut seed, 3000), prose(&mut seed, 200));
+    let mut steps =
+        vec![Step::Asked(vec![Message::said(Speaker::System, &scene), Message::said(Speaker::User, &task)])];
+    keep(&scene);
+    keep(&task);
+    let mut results: Vec<String> = Vec::new();
+    for n in 0..50 {
+        let text = prose(&mut seed, 300);
+        let pieces = text.split_inclusive(' ').map(|word| word.len() as u32).collect();
+        let arguments = format!(r#"{{"path":"/srv/house/rooms/{n}/report.txt","lines":[{n},{}]}}"#, n + 20);
+        let id = format!("call_{n:024}");
+        keep(&text);
+        keep(&format!("{id}{arguments}"));
+        let calls = vec![ToolCall { id, name: "read_file".into(), arguments }];
+        let model = Some(String::from("local/small"));
+        let usage = Usage { input_tokens: 1000 + n, output_tokens: 100 };
+        steps.push(Step::Answered(Answered { text, pieces, calls, model, usage }));
+        let content = if n % 5 == 4 { results[n as usize / 2].clone() } else { prose(&mut seed, result) };
+        keep(&content);
+        results.push(content.clone());
+        steps.push(Step::Returned { call: 0, result: ToolResult::of(content), actions: String::new() });
+    }
+    (steps, unique.iter().map(String::len).sum())
+}
+
+/// What the rows of the steps and their texts take, and the pages or files they lie in, keys and indexes included.
+async fn cost(subject: &Subject) -> (i64, i64) {
+    if let Some(folder) = subject.folder() {
+        let db = rusqlite::Connection::open(folder.join("sophont.db")).unwrap();
+        let one = |sql: &str| db.query_row(sql, [], |row| row.get::<_, i64>(0)).unwrap();
+        let rows = one("SELECT (SELECT sum(length(tenant) + length(instance) + length(stimulus) + 2 + length(rec)) FROM turn_steps)
+            + (SELECT sum(length(tenant) + length(instance) + length(hash) + length(bytes)) FROM blobs)");
+        let pages = one("SELECT sum(pgsize) FROM dbstat WHERE name LIKE '%turn_steps%' OR name LIKE '%blobs%'");
+        return (rows, pages);
+    }
+    let client = crate::support::postgres::connect(&subject.url().unwrap()).await;
+    let one = async |sql: &str| client.query_one(sql, &[]).await.unwrap().get::<_, i64>(0);
+    let rows = one(
+        "SELECT (SELECT sum(pg_column_size(s.*)) FROM turn_steps s) + (SELECT sum(pg_column_size(b.*)) FROM blobs b)",
+    )
+    .await;
+    let files = one("SELECT pg_total_relation_size('turn_steps') + pg_total_relation_size('blobs')").await;
+    (rows, files)
+}
+
+/// What is stored of a long turn grows with what is different in it.
+async fn a_hundred_steps_cost_little_more_than_what_is_different_in_them(subject: Subject) {
+    let (steps, unique) = long_turn(2000);
+    let (key, one) = (key("house"), stimulus(None));
+    let store = &*subject.store;
+    accept(store, &key, &[&one]).await;
+    for (n, step) in (0..).zip(&steps) {
+        commit(store, &key, work(&one, n, std::slice::from_ref(step))).await.unwrap();
+    }
+    assert_eq!(journal(store, &key, &one).await, steps);
+    if subject.is_durable() {
+        let (rows, pages) = cost(&subject).await;
+        println!("{} steps, {unique} bytes different: rows {rows}, pages {pages}", steps.len());
+        assert!(rows * 10 <= unique as i64 * 13, "{rows} bytes for {unique}");
+    }
 }

@@ -47,6 +47,8 @@ pub enum Message {
     Check(Check),
     /// The answer to a [`Check`]. Since protocol 3.
     Checked(Checked),
+    /// Somebody at the sender's doors listens to an answer, or nobody does any more. Since protocol 4.
+    Ear(Ear),
 }
 
 /// A batch of one sender's stimuli for one instance, in order.
@@ -483,18 +485,32 @@ pub enum Stands {
     InStore,
 }
 
+/// Who listens to the answer to a stimulus that the receiver owns.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ear {
+    /// The instance.
+    pub key: InstanceKey,
+    /// The stimulus.
+    pub stimulus: StimulusId,
+    /// Whether anybody at the sender's doors does.
+    pub listens: bool,
+    /// Whether who sent it left before the answer.
+    pub left: bool,
+}
+
 impl Message {
     /// The version of the protocol since which this is said. Whoever speaks an older one is not told.
     pub const fn since(&self) -> u8 {
         match self {
             Message::Report(_) | Message::Unread(_) => 2,
             Message::Check(_) | Message::Checked(_) => 3,
+            Message::Ear(_) => 4,
             _ => 1,
         }
     }
 
     /// The names of the kinds, for figures and logs.
-    pub const KINDS: [&str; 14] = [
+    pub const KINDS: [&str; 15] = [
         "work",
         "results",
         "ask",
@@ -509,6 +525,7 @@ impl Message {
         "unread",
         "check",
         "checked",
+        "ear",
     ];
 
     /// Which of [`Message::KINDS`] it is.
@@ -528,6 +545,7 @@ impl Message {
             Message::Unread(_) => 11,
             Message::Check(_) => 12,
             Message::Checked(_) => 13,
+            Message::Ear(_) => 14,
         }
     }
 
@@ -652,6 +670,7 @@ pub(crate) fn samples() -> Vec<Message> {
             call: 7,
             items: vec![Stands::Same, newer, Stands::Gone, Stands::NotMine, Stands::InStore],
         }),
+        Message::Ear(Ear { key: key.clone(), stimulus: id.clone(), listens: false, left: true }),
         Message::Events(Events {
             key,
             draft: Some(Draft { stimulus: id.clone(), tokens: vec!["Hel".into(), "lo".into()] }),

@@ -23,7 +23,10 @@ mod wire;
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -80,6 +83,7 @@ struct Provider {
     client: Client,
     pool: Pool,
     breaker: Mutex<Breaker>,
+    strain: Strain,
 }
 
 impl Llm {
@@ -169,6 +173,7 @@ impl Engine for Llm {
             let ask =
                 Ask { who: &question.key, model, messages: &messages, tools: &tools, max_tokens, options: &options };
             let Answer { text, calls, usage } = provider.ask(ask, course.left(), &utterance).await?;
+            provider.strain.learn(tokens::of_all(&messages) + of_tools(&tools), usage.input_tokens);
             // A model that calls what it was not offered has said its last word.
             let calls = if tools.is_empty() { Vec::new() } else { calls };
             let answer = Answered { text, pieces: utterance.pieces(), calls, model: named.clone(), usage };
@@ -239,6 +244,7 @@ impl Provider {
             client: Client::new(http, &config.base_url, key, idle),
             pool: Pool::new(name.clone(), config.max_concurrent, config.max_waiting),
             breaker: Mutex::new(Breaker::default()),
+            strain: Strain::default(),
             model: config.model.clone(),
             max_tokens: config.max_tokens,
             context_tokens: config.context_tokens,
@@ -264,8 +270,8 @@ impl Provider {
 
     /// How many tokens of messages fit into the model's window beside the tools and the answer.
     fn room(&self, tools: &[Tool]) -> usize {
-        let taken: usize = tools.iter().map(tokens::of_tool).sum();
-        (self.context_tokens as usize).saturating_sub(self.max_tokens as usize).saturating_sub(taken)
+        let window = self.context_tokens.saturating_sub(self.max_tokens) as usize;
+        self.strain.ease(window).saturating_sub(of_tools(tools))
     }
 
     /// Asks until there is an answer, repeating does not help, or the time is over.
@@ -341,6 +347,33 @@ impl Provider {
 
     fn with_breaker<T>(&self, act: impl FnOnce(&mut Breaker) -> T) -> T {
         act(&mut self.breaker.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+fn of_tools(tools: &[Tool]) -> usize {
+    tools.iter().map(tokens::of_tool).sum()
+}
+
+/// By how much a server counted more tokens than were guessed, in thousandths above one: its vocabulary, or what its template
+/// puts around messages. It is learnt at once, and unlearnt by a hundredth with each call.
+#[derive(Debug, Default)]
+struct Strain(AtomicU64);
+
+impl Strain {
+    /// No server counts more than three times what was guessed.
+    const MOST: u64 = 2000;
+
+    /// What a server counted of what was guessed.
+    fn learn(&self, guessed: usize, counted: u64) {
+        let found = (counted.saturating_mul(1000) / guessed.max(1) as u64).saturating_sub(1000).min(Self::MOST);
+        let learn = |known: u64| Some(found.max(known - known.div_ceil(100)));
+        let _ = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, learn);
+    }
+
+    /// How many guessed tokens fit where so many of the server's do.
+    fn ease(&self, tokens: usize) -> usize {
+        let strain = usize::try_from(self.0.load(Ordering::Relaxed)).unwrap_or(0);
+        tokens.saturating_mul(1000) / (1000 + strain)
     }
 }
 
@@ -470,6 +503,21 @@ mod tests {
         let only = Llm::new(&cognition("", &[("a", "small")])).unwrap();
         assert_eq!(chosen(&only, None), pair("a", "small"));
         assert!(chosen(&Llm::new(&cognition("", &[("a", "x"), ("b", "y")])).unwrap(), None).is_err());
+    }
+
+    #[test]
+    fn a_server_that_counts_more_than_was_guessed_gets_less() {
+        let strain = Strain::default();
+        strain.learn(1000, 900);
+        assert_eq!(strain.ease(1200), 1200, "less than guessed is what is expected");
+        strain.learn(1000, 1500);
+        assert_eq!(strain.ease(1200), 800);
+        strain.learn(1000, 1000);
+        assert!((801..810).contains(&strain.ease(1200)), "{}", strain.ease(1200));
+        (0..1000).for_each(|_| strain.learn(1000, 1000));
+        assert_eq!(strain.ease(1200), 1200);
+        strain.learn(0, u64::MAX);
+        assert_eq!(strain.ease(1200), 400);
     }
 
     #[test]

@@ -1,22 +1,20 @@
 //! Following one stimulus to its turn: `accepted`, `step`, `token`…, `turn` or `error`.
 //!
-//! Owns: [`Words`], which knows what of an answer a client has, and the loop that brings it the rest. Events of the hub are
-//! hints: the draft fills gaps, and the store is asked now and then, so that a lost event delays but loses nothing.
+//! Owns: [`Words`], which knows what of an answer a client has, and how it is brought the rest. Not here: the loop (`tail.rs`).
 //!
 //! Invariants: the words a client puts together are the draft's, none missing, none twice; when an answer is begun anew (a
 //! failed call, a restarted node) the client is told to forget what it has. Ids of events are `STIMULUS:0` for `accepted`,
 //! `STIMULUS:N:DIGEST` after N words whose text has the digest, and `STIMULUS:turn` at the end; any of them resumes.
 //! Tests: at the foot; `tests/it/http.rs`.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use serde::Serialize;
-use tokio::{sync::broadcast::error::RecvError, time};
 
 use super::{
-    Shared,
     problem::{Problem, Refusal},
-    sse::{self, Gone, KEEP_ALIVE, Sink},
+    sse,
+    tail::{End, Flow, Tail, Thread},
     view::{self, Status, StatusView},
 };
 use crate::{
@@ -25,10 +23,7 @@ use crate::{
         events::{Event, Watch},
     },
     store::{DeadLetter, Known},
-    types::{
-        InstanceKey, Millis, StimulusId, TurnRecord,
-        limits::{STREAM_KEEP_ALIVE_SECONDS, STREAM_SECONDS},
-    },
+    types::{InstanceKey, Millis, StimulusId, TurnRecord},
 };
 
 /// How far a client got, from its `Last-Event-ID`.
@@ -146,115 +141,42 @@ pub struct StepView<'a> {
 
 /// A stream that follows one stimulus.
 pub struct Follow {
-    /// The door.
-    pub shared: Arc<Shared>,
-    /// Whose.
-    pub key: InstanceKey,
-    /// Which.
-    pub stimulus: StimulusId,
-    /// Where errors are reported to have happened.
-    pub path: String,
-    /// For the log.
-    pub request_id: String,
-    /// The way to the client.
-    pub sink: Sink,
-    /// What it has.
+    /// Which, for whom.
+    pub thread: Thread,
+    /// What the client has.
     pub words: Words,
 }
 
-/// Whether the stream goes on.
-type Flow = Result<(), End>;
-
-/// Why a stream ends.
-enum End {
-    /// Everything was said.
-    Done,
-    /// Nobody listens.
-    Gone,
-}
-
-impl From<Gone> for End {
-    fn from(_: Gone) -> Self {
-        Self::Gone
-    }
-}
-
-impl Follow {
-    /// Follows until the turn. The watch began before `known` was asked for, so nothing lies between them.
-    pub async fn run(mut self, mut watch: Watch, known: Known, resumed: bool) {
-        if !resumed {
-            let accepted = match &known {
-                Known::Waiting(stimulus) => stimulus.accepted_at,
-                Known::Decided(turn) => turn.stimulus.accepted_at,
-                Known::Dead(dead) => dead.stimulus.accepted_at,
-            };
-            if self.accepted(accepted).await.is_err() {
-                return;
-            }
-        }
-        if self.settle(Some(known)).await.is_err() || self.catch_up(&watch).await.is_err() {
-            return;
-        }
-        let drain = self.shared.drain.clone();
-        let end = time::sleep(Duration::from_secs(STREAM_SECONDS));
-        tokio::pin!(end);
-        let mut tick = time::interval(Duration::from_secs(STREAM_KEEP_ALIVE_SECONDS));
-        tick.reset();
-        loop {
-            let flow = tokio::select! {
-                event = watch.events.recv() => match event {
-                    Ok(event) => self.event(event, &mut watch).await,
-                    Err(RecvError::Lagged(_)) => self.look_again(&mut watch).await,
-                    Err(RecvError::Closed) => self.problem(Refusal::Draining.into()).await,
-                },
-                _ = tick.tick() => self.still_there().await,
-                () = drain.draining() => self.problem(Refusal::Draining.into()).await,
-                () = self.sink.gone() => return,
-                () = &mut end => return,
-            };
-            if flow.is_err() {
-                return;
-            }
-        }
+impl Tail for Follow {
+    fn thread(&mut self) -> &mut Thread {
+        &mut self.thread
     }
 
     async fn event(&mut self, event: Event, watch: &mut Watch) -> Flow {
+        let mine = |id: &StimulusId| *id == self.thread.stimulus;
         match event {
-            Event::Thinking(id) if id == self.stimulus => {
+            Event::Thinking(id) if mine(&id) => {
                 // A thought begins, or goes on from its journal: only words that are not part of it any more are void.
-                *watch = self.shared.router.hub().watch(&self.key);
+                *watch = self.thread.watch();
                 self.catch_up(watch).await
             }
-            Event::Token { stimulus, index, text } if stimulus == self.stimulus => {
-                match self.words.next(index, &text) {
-                    Next::Send => self.token(index, &text).await,
-                    Next::Skip => Ok(()),
-                    Next::Gap => self.look_again(watch).await,
-                }
-            }
-            Event::Restart(id) if id == self.stimulus => self.restart().await,
-            Event::Turn(turn) if turn.stimulus.id == self.stimulus => self.turn(&turn).await,
-            Event::Dead(dead) if dead.stimulus.id == self.stimulus => self.dead(&dead).await,
-            Event::Missed => {
-                let known = self.find().await?;
-                self.settle(known).await
-            }
+            Event::Token { stimulus, index, text } if mine(&stimulus) => match self.words.next(index, &text) {
+                Next::Send => self.token(index, &text).await,
+                Next::Skip => Ok(()),
+                Next::Gap => self.look_again(watch).await,
+            },
+            Event::Restart(id) if mine(&id) => self.restart().await,
+            Event::Turn(turn) if mine(&turn.stimulus.id) => self.turn(&turn).await,
+            Event::Dead(dead) if mine(&dead.stimulus.id) => self.settle(Some(Known::Dead(dead))).await,
+            Event::Missed => self.ask().await,
             Event::Forgotten => self.problem(Refusal::NoStimulus.into()).await,
             _ => Ok(()),
         }
     }
 
-    /// Events were missed: watch anew, then see what became of it in the meantime.
-    async fn look_again(&mut self, watch: &mut Watch) -> Flow {
-        *watch = self.shared.router.hub().watch(&self.key);
-        let known = self.find().await?;
-        self.settle(known).await?;
-        self.catch_up(watch).await
-    }
-
-    /// Brings the words of the draft that the client does not have.
     async fn catch_up(&mut self, watch: &Watch) -> Flow {
-        let Some(draft) = watch.draft.as_ref().filter(|draft| draft.stimulus == self.stimulus) else { return Ok(()) };
+        let draft = watch.draft.as_ref().filter(|draft| draft.stimulus == self.thread.stimulus);
+        let Some(draft) = draft else { return Ok(()) };
         if !self.words.continues(&draft.tokens) {
             self.restart().await?;
         } else if self.words.count == 0 {
@@ -268,48 +190,48 @@ impl Follow {
         Ok(())
     }
 
-    /// Now and then: says that the stream lives, and asks the store in case a hint was lost.
-    async fn still_there(&mut self) -> Flow {
-        self.sink.send(KEEP_ALIVE).await?;
-        let known = self.find().await?;
-        self.settle(known).await
+    async fn turn(&mut self, turn: &TurnRecord) -> Flow {
+        let id = format!("{}:turn", self.thread.stimulus);
+        self.thread.sink.send(sse::frame("turn", Some(&id), &view::turn_json(turn))).await?;
+        Err(End::Done)
     }
 
-    async fn find(&mut self) -> Result<Option<Known>, End> {
-        match self.shared.router.store().find(&self.key, &self.stimulus).await {
-            Ok(known) => Ok(known),
-            Err(error) => {
-                self.problem(error.into()).await?;
-                Err(End::Done)
-            }
-        }
+    async fn problem(&mut self, problem: Problem) -> Flow {
+        let body = problem.body(&self.thread.path, &self.thread.request_id);
+        self.thread.sink.send(sse::frame("error", None, &body)).await?;
+        Err(End::Done)
     }
+}
 
-    async fn settle(&mut self, known: Option<Known>) -> Flow {
-        match known {
-            Some(Known::Waiting(_)) => Ok(()),
-            Some(Known::Decided(turn)) => self.turn(&turn).await,
-            Some(Known::Dead(dead)) => self.dead(&dead).await,
-            None => self.problem(Refusal::NoStimulus.into()).await,
+impl Follow {
+    /// Follows until the turn. The watch began before `known` was asked for.
+    pub async fn run(mut self, watch: Watch, known: Known, resumed: bool) {
+        let accepted = match &known {
+            Known::Waiting(stimulus) => stimulus.accepted_at,
+            Known::Decided(turn) => turn.stimulus.accepted_at,
+            Known::Dead(dead) => dead.stimulus.accepted_at,
+        };
+        if resumed || self.accepted(accepted).await.is_ok() {
+            self.go_on(watch, known).await;
         }
     }
 
     async fn accepted(&mut self, at: Millis) -> Flow {
         let view = StatusView {
-            id: &self.stimulus,
-            instance: &self.key.instance,
+            id: &self.thread.stimulus,
+            instance: &self.thread.key.instance,
             status: Status::Accepted,
             accepted_at: at,
             turn: None,
             reason: None,
         };
-        let id = format!("{}:0", self.stimulus);
-        Ok(self.sink.send(sse::event("accepted", Some(&id), &view)).await?)
+        let id = format!("{}:0", self.thread.stimulus);
+        Ok(self.thread.sink.send(sse::event("accepted", Some(&id), &view)).await?)
     }
 
     async fn step(&mut self, step: &str) -> Flow {
-        let view = StepView { stimulus: &self.stimulus, step };
-        Ok(self.sink.send(sse::event("step", None, &view)).await?)
+        let view = StepView { stimulus: &self.thread.stimulus, step };
+        Ok(self.thread.sink.send(sse::event("step", None, &view)).await?)
     }
 
     async fn restart(&mut self) -> Flow {
@@ -319,24 +241,9 @@ impl Follow {
     }
 
     async fn token(&mut self, index: u64, text: &str) -> Flow {
-        let view = TokenView { stimulus: &self.stimulus, index, text };
-        let id = self.words.id(&self.stimulus);
-        Ok(self.sink.send(sse::event("token", Some(&id), &view)).await?)
-    }
-
-    async fn turn(&mut self, turn: &TurnRecord) -> Flow {
-        let id = format!("{}:turn", self.stimulus);
-        self.sink.send(sse::frame("turn", Some(&id), &view::turn_json(turn))).await?;
-        Err(End::Done)
-    }
-
-    async fn dead(&mut self, dead: &DeadLetter) -> Flow {
-        self.problem(dead_letter(&self.key, dead).into()).await
-    }
-
-    async fn problem(&mut self, problem: Problem) -> Flow {
-        self.sink.send(sse::frame("error", None, &problem.body(&self.path, &self.request_id))).await?;
-        Err(End::Done)
+        let view = TokenView { stimulus: &self.thread.stimulus, index, text };
+        let id = self.words.id(&self.thread.stimulus);
+        Ok(self.thread.sink.send(sse::event("token", Some(&id), &view)).await?)
     }
 }
 

@@ -19,7 +19,10 @@ use std::{
 
 use actix_web::rt::net::TcpStream;
 use slab::Slab;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    sync::Notify,
+};
 
 use crate::types::limits::STREAM_STALL_SECONDS;
 
@@ -49,6 +52,9 @@ pub struct Line {
     /// Since when the client takes nothing.
     stuck: Cell<Option<u64>>,
     late: Cell<bool>,
+    /// The client's side has ended: it is gone, or sends nothing more.
+    ended: Cell<bool>,
+    end: Notify,
     waker: RefCell<Option<Waker>>,
 }
 
@@ -63,6 +69,13 @@ impl Line {
         let mut slot = self.waker.borrow_mut();
         if !slot.as_ref().is_some_and(|known| known.will_wake(waker)) {
             *slot = Some(waker.clone());
+        }
+    }
+
+    /// Returns when the client's side has ended. Cancel safe.
+    pub async fn ended(&self) {
+        if !self.ended.get() {
+            self.end.notified().await;
         }
     }
 
@@ -176,6 +189,10 @@ impl AsyncRead for Patient {
         let read = Pin::new(&mut this.io).poll_read(cx, buf);
         if buf.filled().len() > before && this.line.busy.get() == 0 && this.line.heard.get().is_none() {
             this.line.heard.set(Some(this.ward.now.get()));
+        }
+        let nothing = buf.filled().len() == before && buf.remaining() > 0;
+        if matches!(&read, Poll::Ready(read) if read.is_err() || nothing) && !this.line.ended.replace(true) {
+            this.line.end.notify_waiters();
         }
         read
     }

@@ -63,6 +63,7 @@ mod route;
 mod sse;
 mod state;
 mod stimuli;
+mod tail;
 mod view;
 pub mod websocket;
 mod wire;

@@ -37,6 +37,7 @@ pub struct Gone;
 /// The way to one client.
 pub struct Sink {
     frames: mpsc::Sender<Bytes>,
+    line: Option<Rc<Line>>,
     _open: StreamGuard,
 }
 
@@ -49,6 +50,11 @@ impl Sink {
         self.frames.send_timeout(frame, Duration::from_secs(STREAM_STALL_SECONDS)).await.map_err(|_| Gone)
     }
 
+    /// Its connection.
+    pub const fn line(&self) -> Option<&Rc<Line>> {
+        self.line.as_ref()
+    }
+
     /// Returns when the client is gone. Cancel safe.
     pub async fn gone(&self) {
         self.frames.closed().await;
@@ -58,7 +64,8 @@ impl Sink {
 /// Begins a stream: the answer, and the way to fill it.
 pub fn open(meters: &Meters, request: &HttpRequest) -> (Sink, HttpResponse) {
     let (sender, mut receiver) = mpsc::channel::<Bytes>(FRAMES);
-    let in_hand = request.conn_data::<Rc<Line>>().map(Hold::new);
+    let line = request.conn_data::<Rc<Line>>().cloned();
+    let in_hand = line.as_ref().map(Hold::new);
     let body = stream::poll_fn(move |context| {
         let _ = &in_hand; // lives as long as the body does
         receiver.poll_recv(context).map(|frame| frame.map(Ok::<_, actix_web::Error>))
@@ -68,7 +75,7 @@ pub fn open(meters: &Meters, request: &HttpRequest) -> (Sink, HttpResponse) {
         .insert_header((header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream")))
         .insert_header((header::CACHE_CONTROL, HeaderValue::from_static("no-store")))
         .insert_header(("x-accel-buffering", "no"));
-    (Sink { frames: sender, _open: meters.stream() }, response.streaming(body))
+    (Sink { frames: sender, line, _open: meters.stream() }, response.streaming(body))
 }
 
 /// One event with a view as its data.

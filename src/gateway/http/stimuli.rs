@@ -3,7 +3,7 @@
 //! Invariants: 2xx only after the stimulus is durable; after a timeout the caller is told what is known, never a guess.
 //! Tests: `tests/it/http.rs`, `tests/it/hostile.rs`.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use actix_web::{
     HttpResponse,
@@ -17,11 +17,12 @@ use super::{
     json_body,
     problem::{Problem, Refusal},
     respond, sse,
+    tail::{self, Thread},
     view::{self, Status, StatusView},
     wire::StimulusBody,
 };
 use crate::{
-    instance::{Error, Receipt, Until, events::Watch},
+    instance::{Error, Receipt, Until, ears::Ear, events::Watch},
     store::Known,
     types::{InstanceId, InstanceKey, Millis, Stimulus, StimulusId, TurnRecord},
 };
@@ -78,13 +79,14 @@ async fn decide(
     wait: Duration,
 ) -> Result<HttpResponse, Problem> {
     let (id, at) = (stimulus.id.clone(), stimulus.accepted_at);
-    match tokio::time::timeout(wait, caller.shared.router.deliver(key, stimulus, Until::Decided)).await {
-        Ok(Ok(Receipt::Decided { turn, repeated })) => Ok(decided(&turn, repeated)),
-        Ok(Ok(Receipt::Accepted { .. })) => Ok(accepted(&key.instance, &id, at, Status::Accepted)),
-        Ok(Ok(Receipt::Dead(dead))) => Err(follow::dead_letter(key, &dead).into()),
-        Ok(Err(Error::Timeout(after))) => late(caller, key, &id, after).await,
-        Ok(Err(error)) => Err(error.into()),
-        Err(_) => late(caller, key, &id, wait).await,
+    let delivery = caller.shared.router.deliver(key, stimulus, Until::Decided);
+    match tail::wait(caller, key, &id, wait, delivery).await {
+        Some(Ok(Receipt::Decided { turn, repeated })) => Ok(decided(&turn, repeated)),
+        Some(Ok(Receipt::Accepted { .. })) => Ok(accepted(&key.instance, &id, at, Status::Accepted)),
+        Some(Ok(Receipt::Dead(dead))) => Err(follow::dead_letter(key, &dead).into()),
+        Some(Err(Error::Timeout(after))) => late(caller, key, &id, after).await,
+        Some(Err(error)) => Err(error.into()),
+        None => late(caller, key, &id, wait).await,
     }
 }
 
@@ -161,44 +163,48 @@ async fn stream(
         return Ok(HttpResponse::NoContent().finish());
     }
     let watch = caller.shared.router.hub().watch(&key);
-    let known = match already(caller, &key, &id, resume.is_some()).await? {
-        Some(known) => known,
-        None => {
-            let deadline = Duration::from_secs(caller.shared.config.max_wait_seconds);
-            let delivery = caller.shared.router.deliver(&key, stimulus.clone(), Until::Accepted);
-            let receipt = tokio::time::timeout(deadline, delivery).await.map_err(|_| Refusal::Timeout(deadline))??;
-            follow::known(receipt, || stimulus)
+    let ear = caller.shared.router.ears().listen(&key, &id, true);
+    let known = match known(caller, &key, stimulus, resume.is_some()).await {
+        Ok(known) => known,
+        Err(problem) => {
+            ear.ended();
+            return Err(problem);
         }
     };
-    Ok(begin(caller, key, id, watch, known, resume))
+    Ok(begin(caller, key, ear, (watch, known), id, resume))
 }
 
-/// What is known of a stimulus whose stream is resumed. One that was never accepted is sent again by the caller.
-async fn already(
+/// Delivers a stimulus whose sender follows it. One whose stream is resumed is known already, or was never accepted and is
+/// sent again.
+///
+/// # Errors
+/// [`Problem`]; it was not accepted unless it is a timeout or a crash.
+pub async fn known(
     caller: &Caller<'_>,
     key: &InstanceKey,
-    id: &StimulusId,
+    stimulus: Stimulus,
     resumed: bool,
-) -> Result<Option<Known>, Problem> {
-    if resumed { Ok(caller.shared.router.store().find(key, id).await?) } else { Ok(None) }
+) -> Result<Known, Problem> {
+    if resumed && let Some(known) = caller.shared.router.store().find(key, &stimulus.id).await? {
+        return Ok(known);
+    }
+    let deadline = Duration::from_secs(caller.shared.config.max_wait_seconds);
+    let delivery = caller.shared.router.deliver(key, stimulus.clone(), Until::Accepted);
+    let receipt = tokio::time::timeout(deadline, delivery).await.map_err(|_| Refusal::Timeout(deadline))??;
+    Ok(follow::known(receipt, || stimulus))
 }
 
 fn begin(
     caller: &Caller<'_>,
     key: InstanceKey,
+    ear: Ear,
+    (watch, known): (Watch, Known),
     stimulus: StimulusId,
-    watch: Watch,
-    known: Known,
     resume: Option<Resume>,
 ) -> HttpResponse {
     let (sink, response) = sse::open(&caller.shared.meters, caller.request);
     let follow = Follow {
-        shared: Arc::clone(caller.shared),
-        key,
-        stimulus,
-        path: caller.request.path().to_owned(),
-        request_id: caller.request_id.to_owned(),
-        sink,
+        thread: Thread::new(caller, key, stimulus, sink, ear),
         words: Words::new(resume.as_ref().map(|resume| resume.has)),
     };
     actix_web::rt::spawn(follow.run(watch, known, resume.is_some()));
@@ -233,7 +239,8 @@ pub async fn get(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
             if resume.as_ref().is_some_and(|resume| resume.has == Has::Turn) {
                 return Ok(HttpResponse::NoContent().finish());
             }
-            Ok(begin(caller, key, id, watch, known, resume))
+            let ear = caller.shared.router.ears().listen(&key, &id, false);
+            Ok(begin(caller, key, ear, (watch, known), id, resume))
         }
     }
 }

@@ -170,6 +170,7 @@ impl InstanceActor {
             Out::Bury(mut waiting, letter) => {
                 self.environment.metrics.dead_letters.increment(1);
                 waiting.tell(&Ok(Receipt::Dead(letter.clone())));
+                self.environment.ears.over(&self.key, &waiting.stimulus.id);
                 self.environment.hub.publish(&self.key, || Event::Dead(letter));
             }
             Out::Control(Control::Profile(mind, answer)) => {
@@ -201,6 +202,7 @@ impl InstanceActor {
     }
 
     pub(super) fn announce(&self, mut waiting: Waiting, turn: Arc<TurnRecord>) {
+        self.environment.ears.over(&self.key, &waiting.stimulus.id);
         let metrics = &self.environment.metrics;
         metrics.turns[turn.outcome as usize].increment(1);
         let seconds = if waiting.accepted { &metrics.slow_seconds } else { &metrics.fast_seconds };

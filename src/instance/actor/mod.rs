@@ -1,6 +1,6 @@
 //! The actor around one instance: gathers inputs, calls the pure turn, commits, and only then answers.
 //!
-//! Here: its life and its loop. In `attend`: which stimulus is next, which share a thought. In `think`: asking the engine. In `commit`: units of work and their ends. In `message`:
+//! Here: its life and its loop. In `attend`: which stimulus is next, which share a thought. In `think`: asking the engine. In `unheard`: a thought nobody waits for. In `commit`: units of work and their ends. In `message`:
 //! what it can be told. Not here: decisions (`turn`), queues (`inbox`), who keeps it alive (`cluster/shard.rs`).
 //! Invariants: one unit of work is with the store at a time, so units of an instance are in order; the state in memory runs
 //! ahead of the store only while that unit is out, and is loaded again when the unit is refused; nobody is answered before.
@@ -10,6 +10,7 @@ mod attend;
 mod commit;
 pub mod message;
 mod think;
+mod unheard;
 
 use std::{
     collections::{HashMap, VecDeque},

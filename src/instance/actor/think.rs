@@ -56,6 +56,9 @@ impl InstanceActor {
     ) {
         let mind = self.mind().clone();
         let slow = mind.engine.pace(&mind.profile) == Pace::Slow;
+        if slow && self.is_unheard(std::iter::once(&waiting).chain(&others)) {
+            return self.cancel(waiting, others, actions, ctx);
+        }
         let stimulus = match others.as_slice() {
             [] => waiting.stimulus.clone(),
             others => Arc::new(attention::listed(&waiting.stimulus, others.iter().map(|other| &*other.stimulus))),
@@ -92,6 +95,7 @@ impl InstanceActor {
         }));
         self.agenda().thinking =
             Some(Thinking { waiting, others, actions, slow, handle, answer: None, journaling: None });
+        self.heed(ctx);
     }
 
     pub(super) fn conclude_thought(&mut self, thinking: Thinking, ctx: &mut Context<Self>) {

@@ -29,6 +29,8 @@ pub enum Stop {
     Before(Point),
     /// The answer was sent.
     After(Point),
+    /// No tool answers.
+    Tools,
 }
 
 /// What the model says to a round.
@@ -52,6 +54,7 @@ pub struct Called {
 struct Seen {
     asked: Vec<(usize, Value)>,
     called: Vec<Called>,
+    given_up: Vec<String>,
     stop: Option<Stop>,
     stopped: bool,
 }
@@ -107,6 +110,21 @@ impl Outside {
         self.seen.lock().unwrap().called.clone()
     }
 
+    /// The last words of a user in each question, in order.
+    pub fn heard(&self) -> Vec<String> {
+        self.bodies().iter().map(last_said).collect()
+    }
+
+    /// The same of the questions that hung when whoever asked closed the connection.
+    pub fn given_up(&self) -> Vec<String> {
+        self.seen.lock().unwrap().given_up.clone()
+    }
+
+    /// Lets what waits now go on, and only that.
+    pub fn pass(&self) {
+        self.gone_on.notify_waiters();
+    }
+
     /// Stops at this moment.
     pub fn stop(&self, stop: Stop) {
         let mut seen = self.seen.lock().unwrap();
@@ -155,10 +173,16 @@ impl Outside {
             self.seen.lock().unwrap().called.push(called);
             (Point::Tool(number), plain("200 OK", "text/plain", &format!("done {number}")))
         };
-        if self.has_stopped() || self.stops(Stop::Before(point)) {
+        let holds = matches!(point, Point::Tool(_)) && self.seen.lock().unwrap().stop == Some(Stop::Tools);
+        if holds || self.has_stopped() || self.stops(Stop::Before(point)) {
             let mut nothing = [0; 64];
             tokio::select! {
-                _ = stream.read(&mut nothing) => return,
+                _ = stream.read(&mut nothing) => {
+                    if let Point::Model(_) = point {
+                        self.seen.lock().unwrap().given_up.push(last_said(&body));
+                    }
+                    return;
+                }
                 () = gone_on => {}
             }
         }
@@ -166,6 +190,11 @@ impl Outside {
         let _ = stream.flush().await;
         self.stops(Stop::After(point));
     }
+}
+
+fn last_said(body: &Value) -> String {
+    let said = body["messages"].as_array().unwrap().iter().rfind(|message| message["role"] == "user");
+    said.and_then(|message| message["content"].as_str()).unwrap_or_default().to_owned()
 }
 
 fn plain(status: &str, kind: &str, body: &str) -> String {

@@ -9,14 +9,16 @@ pub mod embeddings;
 mod stream;
 pub(super) mod wire;
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use actix_web::{HttpResponse, http::StatusCode, web::Payload};
 
 use super::{
     Caller, admission, follow, json_body,
     problem::{Problem, Refusal},
-    respond, route, sse, view,
+    respond, route, sse, stimuli,
+    tail::{self, Thread},
+    view,
 };
 use crate::{
     instance::{Error, Receipt, Until},
@@ -57,27 +59,21 @@ pub async fn complete(caller: &Caller<'_>, payload: Payload) -> Result<HttpRespo
         return decide(caller, &key, stimulus, &form).await;
     }
     let watch = caller.shared.router.hub().watch(&key);
-    let known = if resume.is_some() { store.find(&key, &stimulus.id).await? } else { None };
-    let known = match known {
-        Some(known) => known,
-        None => {
-            let deadline = Duration::from_secs(caller.shared.config.max_wait_seconds);
-            let delivery = caller.shared.router.deliver(&key, stimulus.clone(), Until::Accepted);
-            let receipt = tokio::time::timeout(deadline, delivery).await.map_err(|_| Refusal::Timeout(deadline))??;
-            follow::known(receipt, || stimulus.clone())
+    let ear = caller.shared.router.ears().listen(&key, &stimulus.id, true);
+    let known = match stimuli::known(caller, &key, stimulus.clone(), resume.is_some()).await {
+        Ok(known) => known,
+        Err(problem) => {
+            ear.ended();
+            return Err(problem);
         }
     };
     let (sink, response) = sse::open(&caller.shared.meters, caller.request);
     let talk = stream::Talk {
-        shared: Arc::clone(caller.shared),
-        key,
-        stimulus: stimulus.id,
-        request_id: caller.request_id.to_owned(),
-        path: caller.request.path().to_owned(),
-        sink,
+        thread: Thread::new(caller, key, stimulus.id, sink, ear),
         form,
         usage,
         said: resume.as_ref().map(|resume| resume.said).unwrap_or_default(),
+        draft: stream::Draft::default(),
     };
     actix_web::rt::spawn(talk.run(watch, known, resume.is_some()));
     Ok(response)
@@ -99,10 +95,11 @@ async fn decide(
 ) -> Result<HttpResponse, Problem> {
     let wait = Duration::from_secs(caller.shared.config.max_wait_seconds);
     let id = stimulus.id.clone();
-    let receipt = match tokio::time::timeout(wait, caller.shared.router.deliver(key, stimulus, Until::Decided)).await {
-        Ok(Ok(receipt)) => Some(receipt),
-        Ok(Err(Error::Timeout(_))) | Err(_) => None,
-        Ok(Err(error)) => return Err(error.into()),
+    let delivery = caller.shared.router.deliver(key, stimulus, Until::Decided);
+    let receipt = match tail::wait(caller, key, &id, wait, delivery).await {
+        Some(Ok(receipt)) => Some(receipt),
+        Some(Err(Error::Timeout(_))) | None => None,
+        Some(Err(error)) => return Err(error.into()),
     };
     let known = match receipt {
         Some(Receipt::Decided { turn, .. }) => Some(Known::Decided(turn)),

@@ -6,27 +6,20 @@
 //! Invariants: the words a client puts together are the beginning of the reply, and all of it when the stream ends well.
 //! Tests: at the foot; `tests/it/openai.rs`.
 
-use std::{sync::Arc, time::Duration};
-
 use bytes::Bytes;
 use serde_json::{Value, json};
-use tokio::{sync::broadcast::error::RecvError, time};
 
 use super::{
     super::{
-        Shared, follow,
         problem::{Problem, Refusal},
-        sse::{Gone, KEEP_ALIVE, Sink},
+        tail::{End, Flow, Tail, Thread},
     },
     wire::{Answer, Form},
 };
 use crate::{
     instance::events::{Event, Watch},
     store::Known,
-    types::{
-        InstanceKey, StimulusId, TurnRecord,
-        limits::{STREAM_KEEP_ALIVE_SECONDS, STREAM_SECONDS},
-    },
+    types::{StimulusId, TurnRecord},
 };
 
 const DONE: Bytes = Bytes::from_static(b"data: [DONE]\n\n");
@@ -84,173 +77,63 @@ impl Resume {
 
 /// A stream that brings one answer.
 pub struct Talk {
-    /// The door.
-    pub shared: Arc<Shared>,
-    /// Whose.
-    pub key: InstanceKey,
-    /// To what.
-    pub stimulus: StimulusId,
-    /// For the log.
-    pub request_id: String,
-    /// Where errors are reported to have happened.
-    pub path: String,
-    /// The way to the client.
-    pub sink: Sink,
+    /// Which, for whom.
+    pub thread: Thread,
     /// What its chunks have in common.
     pub form: Form,
     /// Whether the last chunk says what was consumed.
     pub usage: bool,
     /// What the client has.
     pub said: Said,
+    /// The answer as it is thought.
+    pub draft: Draft,
 }
 
 /// The answer as it is thought.
 #[derive(Default)]
-struct Draft {
+pub struct Draft {
     text: String,
     pieces: u64,
     /// What the client has is how it begins.
     fits: bool,
 }
 
-struct End;
-
-impl From<Gone> for End {
-    fn from(_: Gone) -> Self {
-        Self
-    }
-}
-
-type Flow = Result<(), End>;
-
-impl Talk {
-    /// Brings the answer to its end. The watch began before `known` was asked for.
-    pub async fn run(mut self, mut watch: Watch, known: Known, resumed: bool) {
-        let mut draft = Draft::default();
-        let begun = async {
-            if !resumed {
-                self.delta(&json!({"role": "assistant", "content": ""}), None).await?;
-            }
-            self.settle(Some(known)).await?;
-            self.catch_up(&watch, &mut draft).await
-        };
-        if begun.await.is_err() {
-            return;
-        }
-        let drain = self.shared.drain.clone();
-        let end = time::sleep(Duration::from_secs(STREAM_SECONDS));
-        tokio::pin!(end);
-        let mut tick = time::interval(Duration::from_secs(STREAM_KEEP_ALIVE_SECONDS));
-        tick.reset();
-        loop {
-            let flow = tokio::select! {
-                event = watch.events.recv() => match event {
-                    Ok(event) => self.event(event, &mut watch, &mut draft).await,
-                    Err(RecvError::Lagged(_)) => self.look_again(&mut watch, &mut draft).await,
-                    Err(RecvError::Closed) => self.problem(Refusal::Draining.into()).await,
-                },
-                _ = tick.tick() => self.still_there().await,
-                () = drain.draining() => self.problem(Refusal::Draining.into()).await,
-                () = self.sink.gone() => return,
-                () = &mut end => return,
-            };
-            if flow.is_err() {
-                return;
-            }
-        }
+impl Tail for Talk {
+    fn thread(&mut self) -> &mut Thread {
+        &mut self.thread
     }
 
-    async fn event(&mut self, event: Event, watch: &mut Watch, draft: &mut Draft) -> Flow {
+    async fn event(&mut self, event: Event, watch: &mut Watch) -> Flow {
+        let mine = |id: &StimulusId| *id == self.thread.stimulus;
         match event {
-            Event::Token { stimulus, index, text } if stimulus == self.stimulus => {
-                if index > draft.pieces {
-                    return self.look_again(watch, draft).await;
+            Event::Token { stimulus, index, text } if mine(&stimulus) => {
+                if index > self.draft.pieces {
+                    return self.look_again(watch).await;
                 }
-                if index == draft.pieces {
-                    draft.pieces += 1;
-                    draft.text.push_str(&text);
-                    return self.go_on(draft).await;
+                if index == self.draft.pieces {
+                    self.draft.pieces += 1;
+                    self.draft.text.push_str(&text);
+                    return self.say().await;
                 }
                 Ok(())
             }
-            Event::Thinking(id) | Event::Restart(id) if id == self.stimulus => self.look_again(watch, draft).await,
-            Event::Turn(turn) if turn.stimulus.id == self.stimulus => self.turn(&turn).await,
-            Event::Dead(dead) if dead.stimulus.id == self.stimulus => {
-                self.problem(follow::dead_letter(&self.key, &dead).into()).await
-            }
+            Event::Thinking(id) | Event::Restart(id) if mine(&id) => self.look_again(watch).await,
+            Event::Turn(turn) if mine(&turn.stimulus.id) => self.turn(&turn).await,
+            Event::Dead(dead) if mine(&dead.stimulus.id) => self.settle(Some(Known::Dead(dead))).await,
             Event::Forgotten => self.problem(Refusal::NoStimulus.into()).await,
-            Event::Missed => self.look_again(watch, draft).await,
+            Event::Missed => self.look_again(watch).await,
             _ => Ok(()),
         }
     }
 
-    /// Watches anew, and sees what became of it in the meantime.
-    async fn look_again(&mut self, watch: &mut Watch, draft: &mut Draft) -> Flow {
-        *watch = self.shared.router.hub().watch(&self.key);
-        let known = self.find().await?;
-        self.settle(known).await?;
-        self.catch_up(watch, draft).await
+    async fn catch_up(&mut self, watch: &Watch) -> Flow {
+        let draft = watch.draft.as_ref().filter(|draft| draft.stimulus == self.thread.stimulus);
+        let Some(draft) = draft else { return Ok(()) };
+        self.draft = Draft { text: draft.tokens.concat(), pieces: draft.tokens.len() as u64, fits: false };
+        self.say().await
     }
 
-    async fn catch_up(&mut self, watch: &Watch, draft: &mut Draft) -> Flow {
-        let Some(other) = watch.draft.as_ref().filter(|other| other.stimulus == self.stimulus) else { return Ok(()) };
-        *draft = Draft { text: other.tokens.concat(), pieces: other.tokens.len() as u64, fits: false };
-        self.go_on(draft).await
-    }
-
-    /// Sends what the draft has behind what was said, once there is more of it than was said.
-    async fn go_on(&mut self, draft: &mut Draft) -> Flow {
-        if draft.text.len() <= self.said.bytes {
-            return Ok(());
-        }
-        if !draft.fits && self.said.rest_of(&draft.text).is_none() {
-            return self.begun_anew().await;
-        }
-        draft.fits = true;
-        let rest = draft.text.get(self.said.bytes..).unwrap_or_default().to_owned();
-        self.words(&rest).await
-    }
-
-    async fn words(&mut self, text: &str) -> Flow {
-        if text.is_empty() {
-            return Ok(());
-        }
-        self.said.push(text);
-        self.delta(&json!({"content": text}), None).await
-    }
-
-    async fn begun_anew(&mut self) -> Flow {
-        let why = "the answer was begun anew in other words: ask again with the same Idempotency-Key";
-        self.problem(crate::instance::Error::Overloaded(why).into()).await
-    }
-
-    /// Now and then: says that the stream lives, and asks the store in case a hint was lost.
-    async fn still_there(&mut self) -> Flow {
-        self.sink.send(KEEP_ALIVE).await?;
-        let known = self.find().await?;
-        self.settle(known).await
-    }
-
-    async fn find(&mut self) -> Result<Option<Known>, End> {
-        match self.shared.router.store().find(&self.key, &self.stimulus).await {
-            Ok(known) => Ok(known),
-            Err(error) => {
-                self.problem(error.into()).await?;
-                Err(End)
-            }
-        }
-    }
-
-    async fn settle(&mut self, known: Option<Known>) -> Flow {
-        match known {
-            Some(Known::Waiting(_)) => Ok(()),
-            Some(Known::Decided(turn)) => self.turn(&turn).await,
-            Some(Known::Dead(dead)) => self.problem(follow::dead_letter(&self.key, &dead).into()).await,
-            None => self.problem(Refusal::NoStimulus.into()).await,
-        }
-    }
-
-    /// The turn: the rest of its words, the calls that are left to the client, and the end.
+    /// The rest of its words, the calls that are left to the client, and the end.
     async fn turn(&mut self, turn: &TurnRecord) -> Flow {
         let answer = Answer::of(turn);
         let Some(rest) = self.said.rest_of(&answer.content) else { return self.begun_anew().await };
@@ -267,20 +150,57 @@ impl Talk {
         self.delta(&json!({}), Some(answer.finish())).await?;
         if self.usage {
             let chunk = self.form.usage(turn);
-            self.sink.send(data(None, &chunk)).await?;
+            self.thread.sink.send(data(None, &chunk)).await?;
         }
-        self.sink.send(DONE).await?;
-        Err(End)
-    }
-
-    async fn delta(&mut self, delta: &Value, finish: Option<&str>) -> Flow {
-        let id = format!("{}:c:{}:{:x}", self.stimulus, self.said.bytes, self.said.digest);
-        Ok(self.sink.send(data(Some(&id), &self.form.chunk(delta, finish))).await?)
+        self.thread.sink.send(DONE).await?;
+        Err(End::Done)
     }
 
     async fn problem(&mut self, problem: Problem) -> Flow {
-        self.sink.send(data(None, &problem.refused(&self.path, &self.request_id))).await?;
-        Err(End)
+        let refused = problem.refused(&self.thread.path, &self.thread.request_id);
+        self.thread.sink.send(data(None, &refused)).await?;
+        Err(End::Done)
+    }
+}
+
+impl Talk {
+    /// Brings the answer to its end. The watch began before `known` was asked for.
+    pub async fn run(mut self, watch: Watch, known: Known, resumed: bool) {
+        let begins = json!({"role": "assistant", "content": ""});
+        if resumed || self.delta(&begins, None).await.is_ok() {
+            self.go_on(watch, known).await;
+        }
+    }
+
+    /// Sends what the draft has behind what was said, once there is more of it than was said.
+    async fn say(&mut self) -> Flow {
+        if self.draft.text.len() <= self.said.bytes {
+            return Ok(());
+        }
+        if !self.draft.fits && self.said.rest_of(&self.draft.text).is_none() {
+            return self.begun_anew().await;
+        }
+        self.draft.fits = true;
+        let rest = self.draft.text.get(self.said.bytes..).unwrap_or_default().to_owned();
+        self.words(&rest).await
+    }
+
+    async fn words(&mut self, text: &str) -> Flow {
+        if text.is_empty() {
+            return Ok(());
+        }
+        self.said.push(text);
+        self.delta(&json!({"content": text}), None).await
+    }
+
+    async fn begun_anew(&mut self) -> Flow {
+        let why = "the answer was begun anew in other words: ask again with the same Idempotency-Key";
+        self.problem(crate::instance::Error::Overloaded(why).into()).await
+    }
+
+    async fn delta(&mut self, delta: &Value, finish: Option<&str>) -> Flow {
+        let id = format!("{}:c:{}:{:x}", self.thread.stimulus, self.said.bytes, self.said.digest);
+        Ok(self.thread.sink.send(data(Some(&id), &self.form.chunk(delta, finish))).await?)
     }
 }
 
