@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use serde::Deserialize as _;
 
-use super::turn::PATCH_CHANNEL;
+use super::{talk::Talk, turn::PATCH_CHANNEL};
 use crate::types::{
     Millis, Priority, Profile, RawJson, Source, Stimulus,
     limits::{MAX_ATTENTION_KINDS, MAX_MERGE_WINDOW_MS, MAX_MERGED_TEXT, MAX_TURNS_PER_COMMIT},
@@ -113,6 +113,8 @@ pub enum Weight {
 #[derive(Debug, Default)]
 pub struct Past {
     kinds: Vec<Kind>,
+    /// What was last said to people.
+    pub talk: Talk,
 }
 
 /// Stimuli of one sender on one channel.

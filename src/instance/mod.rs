@@ -19,6 +19,7 @@ pub mod ears;
 pub mod environment;
 pub mod events;
 pub mod inbox;
+pub mod talk;
 pub mod tenure;
 pub mod toolkit;
 pub mod turn;

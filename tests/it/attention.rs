@@ -285,3 +285,35 @@ async fn a_person_joins_the_thought_in_hand_where_the_profile_says_so() {
         .collect();
     assert_eq!(told, ["1. [default] one\n2. [default] two\n", "done", "and now?"]);
 }
+
+/// What was said is told to the model later, however much was reported in between, and after a kill, too.
+#[tokio::test]
+async fn a_conversation_is_not_lost_among_reports() {
+    let outside = Outside::start(|_, _| Said::Answer("done", vec![])).await;
+    let mut node = Node::builder().config(&outside.config()).start().await;
+    let http = node.client();
+    http.put_instance("i", &json!({"engine": "llm", "attention": {"threshold": 0.6}})).await;
+    let reports = async |round: u32| {
+        let http = node.client();
+        for n in 0..30 {
+            let report = report(&format!("r{round}-{n}"), "s", "nothing new");
+            http.post("/v1/instances/i/stimuli", &report).await.expect(200);
+        }
+    };
+    let told = || {
+        let bodies = outside.bodies();
+        let messages = bodies.last().unwrap()["messages"].as_array().unwrap().clone();
+        messages.iter().skip(1).map(|message| message["content"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
+    };
+    http.say("i", "q1", "I am Ann.").await.expect(200);
+    reports(1).await;
+    http.say("i", "q2", "Who am I?").await.expect(200);
+    assert_eq!(told(), ["I am Ann.", "done", "Who am I?"]);
+    reports(2).await;
+    node.kill9().await;
+    node.start_again().await;
+    node.client().say("i", "q3", "And now?").await.expect(200);
+    assert_eq!(told(), ["I am Ann.", "done", "Who am I?", "done", "And now?"]);
+    node.client().say("i", "q4", "Still?").await.expect(200);
+    assert_eq!(told().len(), 7, "{:?}", told());
+}

@@ -144,6 +144,9 @@ impl InstanceActor {
                 self.kept.exists = true;
                 self.refresh_cache();
                 for (waiting, turn) in decided {
+                    if let Some(past) = &mut self.kept.past {
+                        past.talk.decided(&turn);
+                    }
                     self.announce(waiting, turn);
                 }
             }

@@ -9,6 +9,7 @@
 mod attend;
 mod commit;
 pub mod message;
+mod recent;
 mod think;
 mod unheard;
 

@@ -6,7 +6,11 @@ use actix::prelude::*;
 use async_trait::async_trait;
 use futures_util::FutureExt as _;
 
-use super::{InstanceActor, State, Thinking, message::Commit};
+use super::{
+    InstanceActor, State, Thinking,
+    message::Commit,
+    recent::{self, Wanted},
+};
 use crate::{
     cognition::{self, Action, Bounds, Pace, Progress, Question, Thought, course},
     instance::{
@@ -15,7 +19,7 @@ use crate::{
         inbox::Waiting,
         turn::{self, Author, Mind},
     },
-    types::{Fault as _, InstanceKey, Step, StimulusId, limits::MAX_TRIES, memory::ENGINE, profile::Limits},
+    types::{Fault as _, InstanceKey, Priority, Step, StimulusId, limits::MAX_TRIES, memory::ENGINE, profile::Limits},
 };
 
 /// Tries of a stimulus whose engine is unavailable, with growing pauses, before it goes to the dead letters.
@@ -86,7 +90,9 @@ impl InstanceActor {
         if slow {
             environment.hub.begin_draft(&self.key, &waiting.stimulus.id, course::spoken(&waiting.steps));
         }
-        let asked = ask(environment, mind, question, self.kept.head.turn, slow.then(|| ctx.address()));
+        let talk = mind.attention.map(|_| self.kept.past.as_ref().map_or_else(Vec::new, |past| past.talk.turns()));
+        let last = (self.kept.head.turn, talk);
+        let asked = ask(environment, mind, question, last, slow.then(|| ctx.address()));
         let handle = ctx.spawn(asked.into_actor(self).map(|answer, actor, ctx| {
             if let Some(thinking) = &mut actor.agenda().thinking {
                 thinking.answer = Some(answer);
@@ -172,24 +178,23 @@ async fn ask(
     environment: Arc<Environment>,
     mind: Arc<Mind>,
     mut question: Question,
-    turns: u64,
+    (turns, talk): (u64, Option<Vec<u64>>),
     slow: Option<Addr<InstanceActor>>,
 ) -> Result<Thought, Failure> {
     fn unavailable(error: impl std::fmt::Display) -> Failure {
         Failure::Engine(cognition::Error::Unavailable(error.to_string()))
     }
-    let (episodes, recent) = mind.engine.wants_for(&mind.profile, &question.stimulus);
+    let (episodes, count) = mind.engine.wants_for(&mind.profile, &question.stimulus);
     let (reader, limit) = (&environment.store, question.deadline);
     if turns > 0 {
         let text = question.stimulus.content.as_deref().unwrap_or_default();
         let recalled = environment.memory.recall(&question.key, text, episodes, limit).await;
         question.recollection = recalled.map_err(unavailable)?;
-        if recent > 0 {
-            let after = turns.saturating_sub(recent as u64);
-            question.recent = reader.turns(&question.key, after, recent).await.map_err(unavailable)?;
-            // Nobody said anything in them.
-            question.recent.retain(|turn| turn.engine != ENGINE);
-        }
+        let by_person = question.stimulus.priority == Priority::Human;
+        let wanted = Wanted { head: turns, count, talk, by_person };
+        question.recent = recent::read(&**reader, &question.key, wanted).await.map_err(unavailable)?;
+        // Nobody said anything in them.
+        question.recent.retain(|turn| turn.engine != ENGINE);
     }
     let (key, stimulus) = (question.key.clone(), question.stimulus.id.clone());
     let progress = Stream { environment: environment.clone(), key, stimulus, actor: slow };
