@@ -1,4 +1,4 @@
-//! The door for clients of the OpenAI chat protocol, with the official client (`openai/suite.py`) and by hand.
+//! The door for clients of the OpenAI chat protocol, with the official clients (`openai/suite.py`, `openai/suite.mjs`) and by hand.
 //!
 //! The model behind it is the plan of `steps/outside.rs`. Not here: what a request means, field by field, tested at the foot of
 //! `gateway/http/chat/wire.rs`.
@@ -25,9 +25,8 @@ fn weather(round: usize, again: usize) -> Said {
     }
 }
 
-#[tokio::test]
-async fn the_official_client_works_unmodified() {
-    let outside = Outside::start(weather).await;
+/// A node with the instances the clients' suites ask.
+async fn asked(outside: &Outside) -> Node {
     let node = Node::builder().config(&outside.config()).start().await;
     let http = node.client();
     let rules = echo();
@@ -43,16 +42,34 @@ async fn the_official_client_works_unmodified() {
     let limits = json!({"max_tokens_per_turn": 1});
     http.put_instance("poor", &json!({"engine": "scripted", "script": {"steps": [line, line]}, "limits": limits}))
         .await;
+    node
+}
+
+#[tokio::test]
+async fn the_official_client_works_unmodified() {
+    let outside = Outside::start(weather).await;
+    let node = asked(&outside).await;
     let mut command = Command::new(program::python());
     command.arg(root().join("tests/it/openai/suite.py")).arg(format!("http://{}/v1", node.http()));
     assert_eq!(program::succeed(command, SUITE).await.trim(), "ok");
     // The conversation lives in the instance: four turns of words and results, each told behind the ones before.
-    let turns = http.turns("weather").await;
+    let turns = node.client().turns("weather").await;
     assert_eq!(turns.len(), 4, "{turns:?}");
     let last = outside.bodies().last().unwrap()["messages"].clone();
     let roles: Vec<&str> = last.as_array().unwrap().iter().filter_map(|message| message["role"].as_str()).collect();
     let exchange = ["user", "assistant", "tool", "assistant"];
     assert_eq!(roles, [&["system"][..], &exchange, &exchange[..3]].concat(), "{last}");
+}
+
+#[tokio::test]
+async fn the_official_client_for_node_js_works_unmodified() {
+    let outside = Outside::start(weather).await;
+    let node = asked(&outside).await;
+    let packages = root().join("target/test-node");
+    assert!(packages.join("node_modules/openai").is_dir(), "the openai package is not installed: run tests/install");
+    let mut command = Command::new(program::find("node"));
+    command.arg(root().join("tests/it/openai/suite.mjs")).arg(format!("http://{}/v1", node.http())).arg(packages);
+    assert_eq!(program::succeed(command, SUITE).await.trim(), "ok");
 }
 
 /// Messages of the request before the last, as the model was told them.

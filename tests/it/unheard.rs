@@ -80,6 +80,14 @@ async fn whoever_leaves_by_whichever_door_ends_the_thought_and_the_stimulus_has_
         begin(&outside, request(&http, way, "ada", id), id).await.abort();
         let turn = is_cancelled(&http, &outside, id).await;
         assert_eq!((&turn["engine"], &turn["stimulus"]["content"]), (&json!("llm"), &json!(id)));
+        // Who asks again under the same key gets that turn, which is no answer to a chat.
+        let again = Http::send(request(&http, way, "ada", id)).await;
+        match way {
+            Way::Wait => assert_eq!(again.expect(200)["error"], turn["error"]),
+            Way::Chat => assert_eq!(again.expect(422)["error"]["code"], "no_answer"),
+            Way::Stream => assert!(again.text.contains("event: turn"), "{}", again.text),
+            Way::ChatStream => assert!(again.text.contains("\"no_answer\"") && !again.text.contains("DONE")),
+        }
         outside.go();
         let next = http.say("ada", &format!("{id}-next"), "and now?").await.expect(200);
         assert_eq!(next["reply"]["content"], "Here I am.", "the instance goes on: {next}");

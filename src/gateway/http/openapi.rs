@@ -371,7 +371,7 @@ fn inspect_cache() {}
     responses(
         (status = 200, description = "The answer, or with `stream` its chunks",
             content((Completion = "application/json"), (String = "text/event-stream"))),
-        (status = 422, description = "Given up: it is in the dead letters", body = ChatError)
+        (status = 422, description = "Given up: it is in the dead letters; or its turn has no answer", body = ChatError)
     ))]
 #[allow(dead_code)]
 fn chat_completions() {}

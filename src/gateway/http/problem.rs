@@ -158,6 +158,9 @@ pub enum Refusal {
         /// Which.
         stimulus: StimulusId,
     },
+    /// There is a turn, and it says nothing but why.
+    #[error("the turn has no answer: {0}")]
+    NoAnswer(String),
     /// The answer did not come, and nothing is known of the stimulus yet.
     #[error("no answer within {0:?}")]
     Timeout(Duration),
@@ -207,6 +210,7 @@ impl Fault for Refusal {
             Refusal::NoStimulus => "STIMULUS_NOT_FOUND",
             Refusal::Ambiguous(_) => "STIMULUS_AMBIGUOUS",
             Refusal::Dead { .. } => "DEAD_LETTER",
+            Refusal::NoAnswer(_) => "NO_ANSWER",
             Refusal::Timeout(_) => "TIMEOUT",
         }
     }
@@ -244,6 +248,7 @@ impl Fault for Refusal {
                     "it is kept: POST /v1/instances/{instance}/dead-letters/{stimulus}/retry tries it again"
                 ));
             }
+            Refusal::NoAnswer(_) => "ask again under another Idempotency-Key",
             Refusal::Timeout(_) => "repeat the request with the same id; it is decided at most once",
             _ => return None,
         }))
@@ -258,7 +263,7 @@ fn status(kind: Kind, code: &str) -> StatusCode {
         "BODY_TOO_LARGE" => StatusCode::PAYLOAD_TOO_LARGE,
         "UNSUPPORTED_MEDIA_TYPE" => StatusCode::UNSUPPORTED_MEDIA_TYPE,
         "VERSION_MISMATCH" => StatusCode::PRECONDITION_FAILED,
-        "DEAD_LETTER" => StatusCode::UNPROCESSABLE_ENTITY,
+        "DEAD_LETTER" | "NO_ANSWER" => StatusCode::UNPROCESSABLE_ENTITY,
         _ => match kind {
             Kind::Invalid => StatusCode::BAD_REQUEST,
             Kind::Unauthenticated => StatusCode::UNAUTHORIZED,

@@ -107,7 +107,10 @@ async fn decide(
         Some(Receipt::Accepted { .. }) | None => caller.shared.router.store().find(key, &id).await?,
     };
     match known {
-        Some(Known::Decided(turn)) => Ok(respond(StatusCode::OK, view::to_json(&Completion::of(form, &turn)))),
+        Some(Known::Decided(turn)) => {
+            wire::Answer::is_there(&turn)?;
+            Ok(respond(StatusCode::OK, view::to_json(&Completion::of(form, &turn))))
+        }
         Some(Known::Dead(dead)) => Err(follow::dead_letter(key, &dead).into()),
         Some(Known::Waiting(_)) | None => Err(Refusal::Timeout(wait).into()),
     }

@@ -135,6 +135,9 @@ impl Tail for Talk {
 
     /// The rest of its words, the calls that are left to the client, and the end.
     async fn turn(&mut self, turn: &TurnRecord) -> Flow {
+        if let Err(refusal) = Answer::is_there(turn) {
+            return self.problem(refusal.into()).await;
+        }
         let answer = Answer::of(turn);
         let Some(rest) = self.said.rest_of(&answer.content) else { return self.begun_anew().await };
         self.words(rest).await?;

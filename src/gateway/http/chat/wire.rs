@@ -302,6 +302,17 @@ impl Answer {
         Self { content, calls }
     }
 
+    /// Why a turn has none, when it says so.
+    ///
+    /// # Errors
+    /// [`Refusal::NoAnswer`].
+    pub fn is_there(turn: &TurnRecord) -> Result<(), Refusal> {
+        match &turn.error {
+            Some(reason) if turn.reply.is_none() => Err(Refusal::NoAnswer(reason.clone())),
+            _ => Ok(()),
+        }
+    }
+
     /// Why it ends.
     pub fn finish(&self) -> &'static str {
         if self.calls.is_empty() { "stop" } else { "tool_calls" }
