@@ -21,9 +21,6 @@ use crate::{
 /// The channel on which a reminder reaches its instance.
 pub(super) const REMINDER_CHANNEL: &str = "reminder";
 
-/// How the id of a stimulus begins that an instance sent to another: `fx.` after one hop, `fx2.` after two.
-const SENT: &str = "fx";
-
 /// The place of an effect among those of its instance: turn, then index. Written `TURN-INDEX`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct Seq(pub u64, pub u32);
@@ -258,11 +255,15 @@ impl Item {
                 Call::Publish(desired.into_iter().chain([part("delta", delta)]).collect())
             }
             EffectKind::Send { instance, channel, content, data } => {
-                let hops = hops(self.stimulus());
+                let hops = self.stimulus().hops();
                 if hops >= max_hops {
                     return Err(format!("{hops} hops led here, the limit is {max_hops}: instances answer each other"));
                 }
-                let prefix = if hops == 0 { String::from(SENT) } else { format!("{SENT}{}", hops + 1) };
+                let prefix = if hops == 0 {
+                    String::from(StimulusId::SENT)
+                } else {
+                    format!("{}{}", StimulusId::SENT, hops + 1)
+                };
                 let id = repeatable_id(&prefix, Some(&self.key.instance), self.seq, self.stimulus())?;
                 let stimulus = Stimulus {
                     sender: Some(self.key.instance.to_string()),
@@ -329,17 +330,6 @@ fn target(kind: &EffectKind, seq: Seq) -> Target {
         EffectKind::Send { instance, .. } => Target::Instance(instance.clone()),
         EffectKind::Remind { .. } => Target::Reminder(seq),
         EffectKind::Webhook { url, .. } => Target::Host(super::webhook::host_of(url)),
-    }
-}
-
-/// From how many instances, one after the other, a stimulus comes. Its id says so, which goes wherever the stimulus goes: into
-/// the log, into what is put off, and to other nodes. Whoever chooses an id that looks like one of these has so many hops less.
-fn hops(stimulus: &StimulusId) -> u32 {
-    let rest = stimulus.as_str().strip_prefix(SENT).and_then(|rest| rest.split_once('.'));
-    match rest {
-        Some(("", _)) => 1,
-        Some((digits, _)) if digits.bytes().all(|byte| byte.is_ascii_digit()) => digits.parse().unwrap_or(u32::MAX),
-        _ => 0,
     }
 }
 
@@ -516,7 +506,7 @@ mod tests {
         for (id, known) in
             [("s1", 0), ("fx", 0), ("fxy.1", 0), ("fx.a.1-0.x", 1), ("fx007.a", 7), ("fx99999999999.a", u32::MAX)]
         {
-            assert_eq!(hops(&StimulusId::new(id).unwrap()), known, "{id}");
+            assert_eq!(StimulusId::new(id).unwrap().hops(), known, "{id}");
         }
     }
 

@@ -20,7 +20,10 @@ use crate::{
 
 /// The tools of a node.
 #[derive(Debug)]
-pub struct Toolkit(Registry);
+pub struct Toolkit {
+    registry: Registry,
+    max_hops: u32,
+}
 
 struct Remembered(Arc<Memory>);
 
@@ -38,34 +41,35 @@ impl Recall for Remembered {
 }
 
 impl Toolkit {
-    /// Those of the settings.
+    /// Those of the settings. What instances send may be sent on `max_hops` times.
     ///
     /// # Errors
     /// [`tools::Error`].
-    pub fn new(settings: &Tools, memory: Arc<Memory>) -> Result<Self, tools::Error> {
-        Ok(Self(Registry::new(settings.clone(), Arc::new(Remembered(memory)))?))
+    pub fn new(settings: &Tools, max_hops: u32, memory: Arc<Memory>) -> Result<Self, tools::Error> {
+        Ok(Self { registry: Registry::new(settings.clone(), Arc::new(Remembered(memory)))?, max_hops })
     }
 
     /// Ends what runs.
     pub async fn close(&self) {
-        self.0.close().await;
+        self.registry.close().await;
     }
 }
 
 #[async_trait]
 impl Toolbox for Toolkit {
     async fn offered(&self, key: &InstanceKey, profile: &Profile) -> Vec<ToolSpec> {
-        self.0.offered(key, profile).await
+        self.registry.offered(key, profile).await
     }
 
     async fn call(&self, call: Invocation<'_>) -> Outcome {
-        let output = self.0.call(Call {
+        let output = self.registry.call(Call {
             key: call.sight.key,
             profile: call.sight.profile,
             name: call.name,
             arguments: call.arguments,
             idempotency: call.key,
             deadline: call.deadline,
+            hops_left: self.max_hops.saturating_sub(call.sight.stimulus.id.hops()),
             now: call.sight.now,
         });
         let output = output.await;

@@ -115,6 +115,10 @@ pub(super) fn perform(call: &Call<'_>) -> Option<Output> {
         "remember" => ("It will be remembered.", remember(call)),
         "set_state" => ("The state will be changed.", set_state(call)),
         "publish" => ("It will be published.", publish(call)),
+        "send" if call.hops_left == 0 => {
+            let reason = "not sent: instances have sent this on too often, one after the other; answer in words";
+            ("", Err(String::from(reason)))
+        }
         "send" => ("It will be sent.", send(call)),
         "remind" => ("You will be reminded.", remind(call)),
         _ => return None,
@@ -251,6 +255,10 @@ mod tests {
     const NOW: Millis = Millis(1_000_000);
 
     fn call(name: &str, arguments: Value) -> Option<Output> {
+        call_with(1, name, arguments)
+    }
+
+    fn call_with(hops_left: u32, name: &str, arguments: Value) -> Option<Output> {
         let key = InstanceKey::new(TenantId::new("t").unwrap(), InstanceId::new("i").unwrap());
         let profile = Profile::default();
         let Value::Object(arguments) = arguments else { panic!("an object") };
@@ -262,8 +270,17 @@ mod tests {
             arguments: &arguments,
             idempotency: "s.1",
             deadline,
+            hops_left,
             now: NOW,
         })
+    }
+
+    #[test]
+    fn what_was_sent_on_too_often_is_not_sent_and_the_model_is_told() {
+        let arguments = json!({"instance": "fan", "channel": "orders", "content": "on"});
+        assert_eq!(call("send", arguments.clone()).unwrap().actions.len(), 1);
+        let refused = call_with(0, "send", arguments).unwrap();
+        assert!(refused.result.failed && refused.actions.is_empty(), "{refused:?}");
     }
 
     #[test]

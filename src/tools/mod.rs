@@ -80,6 +80,8 @@ pub struct Call<'a> {
     pub idempotency: &'a str,
     /// Longest time it may take.
     pub deadline: Duration,
+    /// How often what the turn sends may be sent on, one instance after the other.
+    pub hops_left: u32,
     /// Now.
     pub now: Millis,
 }

@@ -161,6 +161,19 @@ impl NodeId {
 }
 
 impl StimulusId {
+    /// How the id of a stimulus begins that an instance sent to another: `fx.` after one hop, `fx2.` after two.
+    pub const SENT: &str = "fx";
+
+    /// From how many instances, one after the other, its stimulus comes. The id says so since it goes wherever the stimulus goes:
+    /// into the log, into what is put off, and to other nodes. Whoever chooses one that looks like this has so many hops less.
+    pub fn hops(&self) -> u32 {
+        match self.0.strip_prefix(Self::SENT).and_then(|rest| rest.split_once('.')) {
+            Some(("", _)) => 1,
+            Some((digits, _)) if digits.bytes().all(|byte| byte.is_ascii_digit()) => digits.parse().unwrap_or(u32::MAX),
+            _ => 0,
+        }
+    }
+
     /// A new id in time order, for a stimulus whose sender did not choose one.
     pub fn generate() -> Self {
         let mut buffer = uuid::Uuid::encode_buffer();

@@ -128,7 +128,9 @@ async fn texts_get_vectors_by_and_by_in_few_requests() {
     write(&http, "bob", &["a feline sleeps on the sofa"]).await;
     until_embedded(&http, "bob", 1).await;
     let texts = standin.texts();
-    assert_eq!(texts.iter().filter(|text| text.contains("feline")).count(), 1, "{texts:?}");
+    // By the node that asked for it: another one has to ask once itself.
+    let times = texts.iter().filter(|text| text.contains("feline")).count();
+    assert!((1..=http.each().len()).contains(&times), "{texts:?}");
     // They are kept: after a restart nothing but the question is asked for.
     node.restart().await;
     let http = node.client();

@@ -102,7 +102,8 @@ impl Bench {
     pub async fn output(&self, name: &str, arguments: Value, deadline: Duration) -> Output {
         let Value::Object(arguments) = arguments else { panic!("an object") };
         let (key, profile) = (&self.key, &self.profile);
-        let call = Call { key, profile, name, arguments: &arguments, idempotency: "s.1", deadline, now: Millis(0) };
+        let arguments = &arguments;
+        let call = Call { key, profile, name, arguments, idempotency: "s.1", deadline, hops_left: 1, now: Millis(0) };
         self.registry.call(call).await
     }
 
