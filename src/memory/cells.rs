@@ -1,28 +1,29 @@
 //! An index over many vectors: cells around centres found by k-means, of which the likely ones are scanned (an inverted file;
 //! Jégou et al. 2011, without the product quantisation: the bytes are small enough).
 //!
-//! Built from a sample, so building takes time in the order of the vectors. Centres themselves are found through a second
-//! level of centres. Vectors that come later go to their nearest cell; the centres stay.
+//! Built from a sample, so building takes time in the order of the vectors. Centres are found in two levels, and found again
+//! through a second level of centres. The rows stand in the order of their cells (`vector`), so a cell is a range of rows; what comes later stands
+//! behind them until the index is made anew.
 //!
 //! Pure and deterministic. Tests: at the foot; recall and times in `docs/performance.md`.
 
-use super::vector::{Best, dot};
+use std::ops::Range;
+
+use super::vector::{Best, Coarse, dots, nearest};
 use crate::types::memory::Vector;
 
 /// Most vectors the centres are found from.
-const SAMPLE: usize = 24_000;
+const SAMPLE: usize = 100_000;
+/// Most centres.
+const CENTRES: usize = 16_384;
 /// Rounds of k-means.
-const ROUNDS: usize = 5;
+const ROUNDS: usize = 6;
 /// Outer centres whose cells are looked at to place a vector.
 const OUTER: usize = 4;
-/// Of this share of the vectors at least (one in so many) the nearest cells are scanned.
-const SHARE: usize = 10;
-/// And at least so many.
-const LEAST: usize = 20_000;
 
 /// Centres, as their coarse planes.
-#[derive(Debug, Default)]
-struct Centres {
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Centres {
     dimension: usize,
     scales: Vec<f32>,
     high: Vec<i8>,
@@ -38,13 +39,13 @@ impl Centres {
         &self.high[at * self.dimension..(at + 1) * self.dimension]
     }
 
-    #[allow(clippy::cast_precision_loss)] // far below 2^24
-    fn score(&self, at: usize, high: &[i8]) -> f32 {
-        dot(self.row(at), high) as f32 * self.scales[at]
+    fn coarse(&self, at: usize) -> Coarse<'_> {
+        Coarse { scale: self.scales[at], high: self.row(at) }
     }
 
-    fn nearest(&self, among: impl Iterator<Item = usize>, high: &[i8]) -> usize {
-        among.map(|at| (at, self.score(at, high))).max_by(|a, b| a.1.total_cmp(&b.1)).map_or(0, |(at, _)| at)
+    fn nearest(&self, high: &[i8]) -> usize {
+        let all = (0..self.len()).map(|at| self.coarse(at));
+        nearest(Coarse { scale: 1.0, high }, all).map_or(0, |(at, _)| at)
     }
 
     fn len(&self) -> usize {
@@ -52,50 +53,115 @@ impl Centres {
     }
 }
 
-#[derive(Debug, Default)]
-struct Cell {
-    slots: Vec<u32>,
-    scales: Vec<f32>,
-    high: Vec<i8>,
-}
-
 /// The index.
 #[derive(Debug)]
 pub(crate) struct Cells {
-    dimension: usize,
     centres: Centres,
-    outer: Centres,
-    /// The centres around each outer one.
-    around: Vec<Vec<usize>>,
-    cells: Vec<Cell>,
-    len: usize,
+    /// How many rows there were when the centres were found.
+    found: usize,
+    /// Where the rows of each cell end; they begin where those of the cell before end.
+    ends: Vec<u32>,
 }
 
 impl Cells {
-    /// Over all rows.
-    pub(crate) fn build(dimension: usize, slots: &[u32], scales: &[f32], high: &[i8]) -> Self {
+    /// Centres for all rows, and the cell of each row. Rows without a scale are of no weight.
+    pub(crate) fn find(dimension: usize, scales: &[f32], high: &[i8]) -> (Self, Vec<u32>) {
         let row = |at: usize| &high[at * dimension..(at + 1) * dimension];
-        let count = slots.len().isqrt().clamp(1, 4096);
-        let step = slots.len().div_ceil(SAMPLE).max(1);
-        let sample: Vec<&[i8]> = (0..slots.len()).step_by(step).filter(|at| scales[*at] > 0.0).map(row).collect();
-        let centres = means(dimension, &sample, count);
+        let count = (4 * scales.len().isqrt()).clamp(1, CENTRES);
+        let step = scales.len().div_ceil(SAMPLE).max(1);
+        let sample: Vec<&[i8]> = (0..scales.len()).step_by(step).filter(|at| scales[*at] > 0.0).map(row).collect();
+        let centres = centres(dimension, &sample, count);
+        let places = Finder::of(&centres).places(scales.len(), row);
+        (Self { centres, found: scales.len(), ends: Vec::new() }, places)
+    }
+
+    /// The same centres for more rows: of those that stand in cells, and of what came since.
+    pub(crate) fn extend(&self, high: &[i8]) -> (Self, Vec<u32>) {
+        let dimension = self.centres.dimension;
+        let mut places = Vec::with_capacity(high.len() / dimension.max(1));
+        for (at, end) in (0..).zip(&self.ends) {
+            places.resize(*end as usize, at);
+        }
+        let tail = &high[places.len() * dimension..];
+        let row = |at: usize| &tail[at * dimension..(at + 1) * dimension];
+        places.append(&mut Finder::of(&self.centres).places(tail.len() / dimension.max(1), row));
+        (Self { centres: self.centres.clone(), found: self.found, ends: Vec::new() }, places)
+    }
+
+    /// How many rows there were when the centres were found.
+    pub(crate) const fn found(&self) -> usize {
+        self.found
+    }
+
+    /// The rows in the order of these cells of theirs.
+    pub(crate) fn order(&mut self, places: &[u32]) -> Vec<u32> {
+        let mut starts = vec![0u32; self.centres.len().max(1)];
+        let last = starts.len() - 1;
+        let cell = |place: u32| (place as usize).min(last);
+        places.iter().for_each(|place| starts[cell(*place)] += 1);
+        let mut sum = 0;
+        for start in &mut starts {
+            (sum, *start) = (sum + *start, sum);
+        }
+        let mut order = vec![0u32; places.len()];
+        for (row, place) in (0..).zip(places) {
+            let start = &mut starts[cell(*place)];
+            order[*start as usize] = row;
+            *start += 1;
+        }
+        self.ends = starts;
+        order
+    }
+
+    /// How many rows stand in cells.
+    pub(crate) fn len(&self) -> usize {
+        self.ends.last().map_or(0, |end| *end as usize)
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.centres.high.capacity() + 8 * self.ends.capacity()
+    }
+
+    /// The rows of the cells nearest to a vector, nearest first, until there are so many.
+    #[allow(clippy::cast_precision_loss)] // far below 2^24
+    pub(crate) fn likely(&self, query: &Vector, budget: usize) -> impl Iterator<Item = Range<usize>> {
+        let mut order: Vec<(usize, f32)> = Vec::with_capacity(self.centres.len());
+        dots(&self.centres.high, &query.high, |at, dot| order.push((at, dot as f32 * self.centres.scales[at])));
+        order.sort_unstable_by(|a, b| b.1.total_cmp(&a.1));
+        let mut scanned = 0;
+        order.into_iter().map_while(move |(at, _)| {
+            if scanned >= budget {
+                return None;
+            }
+            let start = at.checked_sub(1).map_or(0, |before| self.ends[before] as usize);
+            let end = *self.ends.get(at)? as usize;
+            scanned += end - start;
+            Some(start..end)
+        })
+    }
+}
+
+/// What places rows in cells.
+struct Finder<'c> {
+    centres: &'c Centres,
+    outer: Centres,
+    /// The centres around each outer one.
+    around: Vec<Vec<usize>>,
+}
+
+impl<'c> Finder<'c> {
+    fn of(centres: &'c Centres) -> Self {
         let rows: Vec<&[i8]> = (0..centres.len()).map(|at| centres.row(at)).collect();
-        let outer = means(dimension, &rows, centres.len().isqrt().max(1));
+        let outer = means(centres.dimension, &rows, centres.len().isqrt().max(1));
         let mut around = vec![Vec::new(); outer.len()];
         for at in 0..centres.len() {
-            around[outer.nearest(0..outer.len(), centres.row(at))].push(at);
+            around[outer.nearest(centres.row(at))].push(at);
         }
-        let cells = std::iter::repeat_with(Cell::default).take(centres.len()).collect();
-        let mut index = Self { dimension, centres, outer, around, cells, len: 0 };
-        let places = index.places(slots.len(), row);
-        for (at, place) in places.into_iter().enumerate() {
-            index.put(place, slots[at], scales[at], row(at));
-        }
-        index
+        Self { centres, outer, around }
     }
 
     /// The cell of each row, found on all cores.
-    fn places<'a>(&self, count: usize, row: impl Fn(usize) -> &'a [i8] + Sync) -> Vec<usize> {
+    fn places<'a>(&self, count: usize, row: impl Fn(usize) -> &'a [i8] + Sync) -> Vec<u32> {
         let cores = std::thread::available_parallelism().map_or(1, usize::from).min(8);
         let part = count.div_ceil(cores).max(1);
         let mut places = vec![0; count];
@@ -113,84 +179,34 @@ impl Cells {
     }
 
     /// The nearest centre, among those around the nearest outer ones.
-    fn place(&self, high: &[i8]) -> usize {
+    #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)] // far below 2^24; some thousands
+    fn place(&self, high: &[i8]) -> u32 {
         let mut best = Best::new(OUTER);
-        for at in 0..self.outer.len() {
-            #[allow(clippy::cast_possible_truncation)] // some dozens
-            best.offer(at as u32, self.outer.score(at, high));
-        }
+        dots(&self.outer.high, high, |at, dot| best.offer(at as u32, dot as f32 * self.outer.scales[at]));
         let near = best.finish();
-        self.centres.nearest(near.iter().flat_map(|(at, _)| self.around[*at as usize].iter().copied()), high)
+        let all: Vec<usize> = near.iter().flat_map(|(at, _)| self.around[*at as usize].iter().copied()).collect();
+        let found = nearest(Coarse { scale: 1.0, high }, all.iter().map(|at| self.centres.coarse(*at)));
+        found.and_then(|(nth, _)| all.get(nth)).map_or(0, |at| *at as u32)
     }
+}
 
-    fn put(&mut self, place: usize, slot: u32, scale: f32, high: &[i8]) {
-        if let Some(cell) = self.cells.get_mut(place) {
-            cell.slots.push(slot);
-            cell.scales.push(scale);
-            cell.high.extend_from_slice(high);
-            self.len += 1;
+/// About so many centres of rows: those of some large groups first, then of each group its own. Time goes with the root of their
+/// number, so there may be as many as the rows deserve.
+fn centres(dimension: usize, rows: &[&[i8]], count: usize) -> Centres {
+    let outer = means(dimension, rows, count.isqrt().max(1));
+    let mut groups: Vec<Vec<&[i8]>> = vec![Vec::new(); outer.len()];
+    for row in rows {
+        if let Some(group) = groups.get_mut(outer.nearest(row)) {
+            group.push(row);
         }
     }
-
-    pub(crate) fn push(&mut self, slot: u32, scale: f32, high: &[i8]) {
-        self.put(self.place(high), slot, scale, high);
+    let mut all = Centres { dimension, ..Centres::default() };
+    for group in &groups {
+        let mut own = means(dimension, group, (group.len() * count).div_ceil(rows.len().max(1)));
+        all.scales.append(&mut own.scales);
+        all.high.append(&mut own.high);
     }
-
-    pub(crate) fn remove(&mut self, is_gone: impl Fn(u32) -> bool) {
-        for cell in &mut self.cells {
-            for (at, slot) in cell.slots.iter().enumerate() {
-                if is_gone(*slot) {
-                    cell.scales[at] = 0.0;
-                    cell.high[at * self.dimension..(at + 1) * self.dimension].fill(0);
-                }
-            }
-        }
-    }
-
-    #[cfg(test)]
-    pub(crate) const fn len(&self) -> usize {
-        self.len
-    }
-
-    pub(crate) fn bytes(&self) -> usize {
-        let own = self.centres.high.capacity() + self.outer.high.capacity();
-        own + self.cells.iter().map(|cell| 8 * cell.slots.capacity() + cell.high.capacity() + 72).sum::<usize>()
-    }
-
-    /// As `Matrix::nearest`, by the coarse plane.
-    #[allow(clippy::cast_precision_loss)] // far below 2^24
-    pub(crate) fn nearest(
-        &self,
-        query: &Vector,
-        limit: usize,
-        least: f32,
-        all: bool,
-        keep: impl Fn(u32) -> bool,
-    ) -> Vec<(u32, f32)> {
-        let mut order: Vec<(usize, f32)> =
-            (0..self.centres.len()).map(|at| (at, self.centres.score(at, &query.high))).collect();
-        order.sort_unstable_by(|a, b| b.1.total_cmp(&a.1));
-        let budget = if all { self.len } else { (self.len / SHARE).max(LEAST) };
-        let mut best = Best::new(limit);
-        let mut scanned = 0;
-        for (at, _) in order {
-            if scanned >= budget {
-                break;
-            }
-            let cell = &self.cells[at];
-            scanned += cell.slots.len();
-            for (nth, high) in cell.high.chunks_exact(self.dimension).enumerate() {
-                if all && !keep(cell.slots[nth]) {
-                    continue;
-                }
-                let score = dot(high, &query.high) as f32 * cell.scales[nth] * query.scale;
-                if score > least && best.wants(score) && (all || keep(cell.slots[nth])) {
-                    best.offer(cell.slots[nth], score);
-                }
-            }
-        }
-        best.finish()
-    }
+    all
 }
 
 /// Centres of rows by their directions, at most so many.
@@ -206,7 +222,7 @@ fn means(dimension: usize, rows: &[&[i8]], count: usize) -> Centres {
     for _ in 0..ROUNDS {
         let mut sums = vec![0f32; centres.len() * dimension];
         for row in rows {
-            let at = centres.nearest(0..centres.len(), row);
+            let at = centres.nearest(row);
             let sum = &mut sums[at * dimension..(at + 1) * dimension];
             sum.iter_mut().zip(*row).for_each(|(sum, n)| *sum += f32::from(*n));
         }
@@ -224,7 +240,7 @@ mod tests {
     use super::*;
     use crate::memory::vector::{
         Matrix,
-        tests::{Dice, truth},
+        tests::{Dice, add, truth},
     };
 
     #[test]
@@ -232,29 +248,29 @@ mod tests {
         let mut dice = Dice(11);
         let centres: Vec<Vec<f32>> = (0..40).map(|_| dice.numbers(32)).collect();
         let all: Vec<Vec<f32>> = (0..3000).map(|_| dice.around(&centres, 0.4)).collect();
-        let mut matrix = Matrix::new(32, 2000);
+        let mut matrix = Matrix::new(32, 2000, true);
         for (slot, vector) in (0..).zip(&all) {
-            matrix.push(slot, &Vector::of(vector).unwrap());
+            add(&mut matrix, slot, vector);
         }
         assert!(!matrix.is_indexed());
         matrix.settle();
         assert!(matrix.is_indexed());
         assert_eq!(matrix.len(), 3000);
         let late = dice.numbers(32);
-        matrix.push(3000, &Vector::of(&late).unwrap());
-        let found = matrix.nearest(&Vector::of(&late).unwrap(), 1, 0.5, false, |_| true);
+        add(&mut matrix, 3000, &late);
+        let found = matrix.nearest(&Vector::of(&late).unwrap(), 1, 0.5, None, |_| true);
         assert_eq!(found.first().map(|(slot, _)| *slot), Some(3000), "what comes later is found");
         let mut hits = 0;
         for _ in 0..30 {
             let query = dice.around(&centres, 0.4);
-            let found = matrix.nearest(&Vector::of(&query).unwrap(), 10, -1.0, false, |_| true);
+            let found = matrix.nearest(&Vector::of(&query).unwrap(), 10, -1.0, None, |_| true);
             let truth = truth(&all, &query, 10);
             hits += found.iter().filter(|(slot, _)| truth.contains(slot)).count();
         }
         assert!(hits >= 285, "{hits} of 300");
         matrix.remove(&[3000]);
-        assert!(matrix.nearest(&Vector::of(&late).unwrap(), 1, 0.9, true, |_| true).is_empty());
-        let few = matrix.nearest(&Vector::of(&late).unwrap(), 99, -1.0, true, |slot| slot < 7);
-        assert_eq!(few.len(), 7, "a filter is exact");
+        assert!(matrix.nearest(&Vector::of(&late).unwrap(), 1, 0.9, None, |_| true).is_empty());
+        let few = matrix.nearest(&Vector::of(&late).unwrap(), 99, -1.0, Some(&[0, 1, 2, 3, 4, 5, 6]), |_| true);
+        assert_eq!(few.len(), 7, "what a filter leaves is looked at whole");
     }
 }

@@ -9,6 +9,7 @@
 //! |---|---|
 //! | `ask` | what is asked |
 //! | `shelf`, `shelves` | the episodes of one instance; those of the node, within bounds |
+//! | `digest` | what a turn amounts to for a shelf |
 //! | `fuse` | rankings made one |
 //! | `vector`, `cells` | vectors scanned; an index over many |
 //! | `lexical` | the built-in embedder |
@@ -19,11 +20,16 @@
 //! since; shelves are bounded in bytes. Decision: `docs/adr/0016-episodes-and-recall.md`. Tests: at the foot of each file;
 //! `tests/it/memory.rs`.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 mod ask;
 mod backfill;
 mod cells;
+mod digest;
 mod endpoint;
 mod fuse;
 mod lexical;
@@ -39,7 +45,7 @@ pub use shelf::Figures;
 
 use futures_util::future::try_join_all;
 
-use self::{ask::Asked, backfill::Wakes, endpoint::Endpoint, fuse::Hit, shelves::Shelves};
+use self::{ask::Asked, backfill::Wakes, endpoint::Endpoint, shelves::Shelves};
 use crate::{
     config::{self, Embedder},
     runtime::clock::Clock,
@@ -214,25 +220,28 @@ impl Memory {
         let (asked, degraded) = self.ready(ask).await;
         let now = asked.now;
         let shelf = self.shelves.current(&*self.store, key).await?;
-        let (hits, forgotten, links, bare) = self
+        let (hits, forgotten, beside, bare) = self
             .shelves
             .look(&shelf, move |shelf| {
                 let (hits, forgotten) = shelf.search(&asked)?;
-                let links: Vec<_> =
-                    hits.iter().map(|hit| (shelf.duplicate_of(hit.id), shelf.superseded_at(hit.id))).collect();
-                Ok::<_, Error>((hits, forgotten, links, !shelf.bare(1).is_empty()))
+                let beside: Vec<_> = hits
+                    .iter()
+                    .map(|hit| (shelf.duplicate_of(hit.id), shelf.superseded_at(hit.id), shelf.episode(hit.slot)))
+                    .collect();
+                Ok::<_, Error>((hits, forgotten, beside, !shelf.bare(1).is_empty()))
             })
             .await?;
         if bare {
             self.wake(key);
         }
-        let mut texts = self.texts(key, &hits).await?;
+        let missing = hits.iter().zip(&beside).filter(|(_, beside)| beside.2.is_none());
+        let mut texts = self.texts(key, missing.map(|(hit, _)| hit.id).collect()).await?;
         let episodes: Vec<Recalled> = hits
             .into_iter()
-            .zip(links)
-            .filter_map(|(hit, (duplicate_of, superseded_at))| {
-                // One that was forgotten in this moment has no text any more.
-                let episode = Episode { score: hit.score, ..texts.remove(&hit.id.0)? };
+            .zip(beside)
+            .filter_map(|(hit, (duplicate_of, superseded_at, held))| {
+                // One that was forgotten in this moment has no text in the log any more.
+                let episode = Episode { score: hit.score, ..held.or_else(|| texts.remove(&hit.id.0))? };
                 let (explained, duplicates) = (hit.explained, hit.duplicates);
                 Some(Recalled { episode, explained, duplicates, duplicate_of, superseded_at })
             })
@@ -308,17 +317,16 @@ impl Memory {
         (Asked { words, lexical, given, ours, limit: ask.limit, known: ask.known, now }, degraded)
     }
 
-    async fn texts(&self, key: &InstanceKey, hits: &[Hit]) -> Result<HashMap<u64, Episode>, Error> {
-        let mut turns: Vec<u64> = hits.iter().map(|hit| hit.id.turn()).collect();
-        turns.sort_unstable();
-        turns.dedup();
+    /// Episodes from the log.
+    async fn texts(&self, key: &InstanceKey, ids: HashSet<EpisodeId>) -> Result<HashMap<u64, Episode>, Error> {
+        let turns: BTreeSet<u64> = ids.iter().map(|id| id.turn()).collect();
         if turns.is_empty() {
             return Ok(HashMap::new());
         }
-        let found = self.store.turns_at(key, &turns).await?;
-        let wanted: std::collections::HashSet<u64> = hits.iter().map(|hit| hit.id.0).collect();
+        let found = self.store.turns_at(key, &turns.into_iter().collect::<Vec<_>>()).await?;
         let episodes = found.iter().flat_map(|turn| replay::episodes(turn));
-        Ok(episodes.filter(|episode| wanted.contains(&episode.id)).map(|episode| (episode.id, episode)).collect())
+        let wanted = episodes.filter(|episode| ids.contains(&EpisodeId(episode.id)));
+        Ok(wanted.map(|episode| (episode.id, episode)).collect())
     }
 
     /// The figures of an instance's memory.
@@ -414,6 +422,17 @@ impl Memory {
                 let extra = extras.get_mut(EpisodeId(episode.id).place()).map(std::mem::take).unwrap_or_default();
                 found.push(Exported { episode, extra });
             }
+        }
+        let lines: Vec<String> = found.iter().filter_map(|exported| exported.extra.line.clone()).collect();
+        if !lines.is_empty() {
+            // Of imports side by side that took the same line one is an episode.
+            let known = self.imported(key, &lines).await?;
+            let known: HashMap<&String, EpisodeId> =
+                lines.iter().zip(known).filter_map(|(line, id)| Some((line, id?))).collect();
+            found.retain(|exported| {
+                let first = exported.extra.line.as_ref().and_then(|line| known.get(line));
+                first.is_none_or(|first| first.0 == exported.episode.id)
+            });
         }
         Ok((found, page.turns.last().map(|turn| turn.turn)))
     }

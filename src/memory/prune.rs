@@ -31,7 +31,8 @@ impl Prune {
 fn rest(shelf: &Shelf, stay: usize, weight: impl Fn(&Standing<'_>) -> (f32, Millis)) -> Vec<EpisodeId> {
     let weighed = std::cell::RefCell::new(Vec::new());
     shelf.pick(|episode| {
-        weighed.borrow_mut().push((weight(episode), episode.id));
+        let (weight, at) = weight(episode);
+        weighed.borrow_mut().push(((if episode.repeat { f32::NEG_INFINITY } else { weight }, at), episode.id));
         false
     });
     let mut weighed = weighed.into_inner();

@@ -1,44 +1,32 @@
-//! An instance's episodes as recall needs them: notes, words and vectors, in memory, without the texts.
+//! An instance's episodes as recall needs them: notes, words, vectors and short texts, in memory.
 //!
 //! A shelf follows the instance's turns that remembered or forgot something, from the first on, and holds nothing that does not
 //! follow from them: two nodes that read the same turns have the same shelf. Slots are in the order of ids and never move;
-//! of a forgotten episode only the note remains, with when it was recorded and when forgotten.
+//! of a forgotten episode only the note remains, with when it was recorded and when forgotten. An episode from a line of an
+//! import that had become one before is a repeat: nobody recalls it.
 //!
-//! Pure. Tests: `shelf/tests.rs`.
+//! Pure. Not here: `search`. Tests: `shelf/tests.rs`.
 
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashMap, VecDeque},
     sync::atomic::{AtomicU64, Ordering},
 };
 
 use super::{
-    ask::{Asked, Known},
-    fuse::{self, Hit, Place},
-    lexical,
-    vector::{self, Best, Matrix},
+    digest::{Digest, Planes, Trace},
+    vector::{self, Coarse, Matrix},
 };
 use crate::{
-    store::rank,
-    types::{
-        EpisodeDraft, EpisodeId, Millis, TurnRecord,
-        id::stable_hash,
-        memory::{Extra, Vector},
-        words,
-    },
+    store::Episode,
+    types::{EpisodeId, Millis, RawJson, TurnRecord, id::stable_hash},
 };
+
+mod search;
 
 /// How many episodes before it a new one is compared with by its vector.
 const RECENT: usize = 64;
 /// From this cosine on two episodes tell the same.
 const SAME: f32 = 0.97;
-/// Below so many words of meaning an episode without data is junk.
-const MEANING: usize = 2;
-/// Cosines below this say nothing, for the built-in embedder and for others.
-const LEAST_LEXICAL: f32 = 0.2;
-const LEAST_GIVEN: f32 = 0.05;
-/// How deep the two rankings are fused.
-const DEPTH: usize = 100;
-
 /// When nothing ended it.
 const NEVER: i64 = i64::MAX;
 
@@ -63,12 +51,23 @@ struct Note {
     /// Has a given vector, or was asked about in vain.
     embedded: bool,
     junk: bool,
+    /// Of a line that had become an episode before.
+    repeat: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Posting {
     slot: u32,
-    count: u32,
+    count: u16,
+    /// Words of the episode.
+    length: u16,
+}
+
+/// A text that is held: content, then data from `data` on.
+#[derive(Debug, Clone)]
+struct Held {
+    text: Box<str>,
+    data: Option<u32>,
 }
 
 type Map<K, V> = HashMap<K, V, ahash::RandomState>;
@@ -136,11 +135,20 @@ pub(crate) struct Shelf {
     words: Map<u64, Vec<Posting>>,
     all_words: u64,
     tags: Map<Box<str>, u32>,
+    /// Of each tag its name, and the slots that have it, in order.
+    tagged: Vec<(Box<str>, Vec<u32>)>,
     /// By the lines of imports.
     lines: Map<u64, u32>,
+    /// By slot.
+    texts: Vec<Option<Held>>,
+    text_bytes: usize,
     /// The first known episode with these words in this order.
-    texts: Map<u64, u32>,
-    recent: VecDeque<(u32, Vector)>,
+    same: Map<u64, u32>,
+    /// The last ones with a vector, as their coarse planes.
+    recent: VecDeque<(u32, f32, Box<[i8]>)>,
+    /// Of duplicates and repeats by their first one: all of them, the first included, in order.
+    groups: Map<u32, Vec<u32>>,
+    repeats: Map<u32, Vec<u32>>,
     lexical: Option<Matrix>,
     given: Option<Matrix>,
     postings: usize,
@@ -164,10 +172,15 @@ impl Shelf {
             words: Map::default(),
             all_words: 0,
             tags: Map::default(),
+            tagged: Vec::new(),
             lines: Map::default(),
-            texts: Map::default(),
+            texts: Vec::new(),
+            text_bytes: 0,
+            same: Map::default(),
             recent: VecDeque::new(),
-            lexical: lexical.then(|| Matrix::new(lexical::DIMENSION, limit)),
+            groups: Map::default(),
+            repeats: Map::default(),
+            lexical: lexical.then(|| Matrix::new(super::lexical::DIMENSION, limit, false)),
             given: None,
             postings: 0,
             vectors: Map::default(),
@@ -178,17 +191,18 @@ impl Shelf {
 
     /// Follows one more turn; tells what its episodes are.
     pub(crate) fn follow(&mut self, record: &TurnRecord) -> Vec<Kind> {
-        self.turn = self.turn.max(record.turn);
-        if record.is_marked() {
-            self.embed(record);
+        self.take(&Digest::of(record, self.lexical.is_some()))
+    }
+
+    /// Follows one more turn by its digest.
+    pub(crate) fn take(&mut self, digest: &Digest<'_>) -> Vec<Kind> {
+        self.turn = self.turn.max(digest.turn);
+        self.embed(digest);
+        let mut kinds = Vec::with_capacity(digest.traces.len());
+        for (place, trace) in digest.traces.iter().enumerate() {
+            kinds.extend(self.add(EpisodeId::new(digest.turn, place), trace.as_ref(), digest.at));
         }
-        let mut extras = record.extras().into_iter();
-        let mut kinds = Vec::with_capacity(record.episodes.len());
-        for (place, draft) in record.episodes.iter().enumerate() {
-            let extra = extras.next().unwrap_or_default();
-            kinds.extend(self.add(EpisodeId::new(record.turn, place), draft, &extra, record.decided_at));
-        }
-        self.lose(&record.forgotten().ids().collect::<Vec<_>>(), record.decided_at);
+        self.lose(&digest.forgotten().collect::<Vec<_>>(), Millis(digest.at));
         kinds
     }
 
@@ -197,14 +211,14 @@ impl Shelf {
         self.lexical.iter_mut().chain(&mut self.given).for_each(Matrix::settle);
     }
 
-    fn add(&mut self, id: EpisodeId, draft: &EpisodeDraft, extra: &Extra, at: Millis) -> Option<Kind> {
+    fn add(&mut self, id: EpisodeId, trace: Option<&Trace<'_>>, at: i64) -> Option<Kind> {
         let slot = u32::try_from(self.notes.len()).ok()?;
         let note = Note {
             id,
-            recorded_at: at.0,
-            occurred_at: draft.occurred_at.unwrap_or(at).0,
+            recorded_at: at,
+            occurred_at: at,
             gone_at: NEVER,
-            reward: draft.reward.unwrap_or(f32::NAN),
+            reward: f32::NAN,
             length: 0,
             root: slot,
             tags: Box::default(),
@@ -212,44 +226,45 @@ impl Shelf {
             undated: false,
             embedded: false,
             junk: false,
+            repeat: false,
         };
-        if draft.is_blank() {
+        let Some(trace) = trace else {
             // Forgotten later on, by a turn that is still to come.
             self.notes.push(Note { forgotten: true, undated: true, ..note });
+            self.texts.push(None);
+            return None;
+        };
+        let occurred_at = trace.occurred_at.unwrap_or(at);
+        let reward = trace.reward.unwrap_or(f32::NAN);
+        let tags: Box<[u32]> = trace.tags.iter().map(|tag| self.tag(tag)).collect();
+        let note = Note { occurred_at, reward, length: trace.length, tags, junk: trace.junk, ..note };
+        if let Some(first) = trace.line.and_then(|line| self.lines.get(&line)) {
+            self.repeats.entry(*first).or_default().push(slot);
+            self.notes.push(Note { repeat: true, ..note });
+            self.texts.push(None);
             return None;
         }
-        let (counts, length) = rank::count_words(&draft.content, &draft.tags);
-        let tags = draft.tags.iter().map(|tag| self.tag(tag)).collect();
-        for (word, count) in counts {
-            self.words.entry(stable_hash(word.bytes())).or_default().push(Posting { slot, count });
-            self.postings += 1;
+        self.index(slot, &note, trace);
+        let root = self.root(slot, trace);
+        if root != slot {
+            self.groups.entry(root).or_insert_with(|| vec![root]).push(slot);
         }
-        self.all_words += u64::from(length);
-        let lexical = self.lexical.is_some().then(|| lexical::embed(&draft.content)).flatten();
-        let vector =
-            extra.embedding.as_ref().filter(|given| self.dimension().is_none_or(|has| has == given.dimension()));
-        let root = self.root(slot, &draft.content, vector.or(lexical.as_ref()));
-        let meaning = words::words(&draft.content).filter(|word| !words::is_filler(word)).take(MEANING).count();
-        let junk = meaning < MEANING && draft.data.is_none();
-        let embedded = vector.is_some();
+        let embedded = self.give(slot, trace.given.as_ref());
         self.bare += usize::from(!embedded);
-        self.notes.push(Note { length, tags, root, junk, embedded, ..note });
-        if let (Some(matrix), Some(vector)) = (&mut self.lexical, &lexical) {
-            matrix.push(slot, vector);
-        }
-        if let Some(vector) = vector {
-            self.given.get_or_insert_with(|| Matrix::new(vector.dimension(), self.limit)).push(slot, vector);
-        }
-        for id in &extra.supersedes {
-            if let Some(old) = self.slot(*id).filter(|old| *old != slot) {
+        let junk = note.junk;
+        self.notes.push(Note { root, embedded, ..note });
+        let held = trace.text.as_ref().map(|text| self.hold(text));
+        self.texts.push(held);
+        for id in &trace.supersedes {
+            if let Some(old) = self.slot(EpisodeId(*id)).filter(|old| *old != slot) {
                 let note = &mut self.notes[old as usize];
                 if !note.forgotten {
-                    note.gone_at = note.gone_at.min(at.0);
+                    note.gone_at = note.gone_at.min(at);
                 }
             }
         }
-        if let Some(line) = &extra.line {
-            self.lines.insert(stable_hash(line.bytes()), slot);
+        if let Some(line) = trace.line {
+            self.lines.insert(line, slot);
         }
         Some(if root != slot {
             Kind::Duplicate
@@ -260,19 +275,55 @@ impl Shelf {
         })
     }
 
+    /// Its words, tags and built-in vector.
+    fn index(&mut self, slot: u32, note: &Note, trace: &Trace<'_>) {
+        let length = u16::try_from(trace.length).unwrap_or(u16::MAX);
+        for (word, count) in &trace.words {
+            self.words.entry(*word).or_default().push(Posting { slot, count: *count, length });
+        }
+        self.postings += trace.words.len();
+        self.all_words += u64::from(trace.length);
+        for tag in &note.tags {
+            let slots = &mut self.tagged[*tag as usize].1;
+            if slots.last() != Some(&slot) {
+                slots.push(slot);
+            }
+        }
+        if let (Some(matrix), Some(planes)) = (&mut self.lexical, &trace.lexical) {
+            matrix.push(slot, planes.scale, &planes.numbers(), &[]);
+        }
+    }
+
+    /// Takes a given vector; whether it can be compared with the others.
+    fn give(&mut self, slot: u32, planes: Option<&Planes<'_>>) -> bool {
+        let Some(planes) = planes else { return false };
+        let numbers = planes.numbers();
+        let (high, low) = numbers.split_at(numbers.len() / 2);
+        let matrix = self.given.get_or_insert_with(|| Matrix::new(high.len(), self.limit, true));
+        matrix.push(slot, planes.scale, high, low);
+        matrix.dimension() == high.len()
+    }
+
+    fn hold(&mut self, text: &super::digest::Text<'_>) -> Held {
+        let data = text.data.and(u32::try_from(text.content.len()).ok());
+        let held: Box<str> = [text.content, text.data.unwrap_or_default()].concat().into();
+        self.text_bytes += held.len();
+        Held { text: held, data }
+    }
+
     /// Takes the vectors of earlier episodes.
-    fn embed(&mut self, record: &TurnRecord) {
-        for (place, extra) in record.extras().into_iter().enumerate() {
-            let Some(slot) = extra.of.and_then(|of| self.slot(of)) else { continue };
+    fn embed(&mut self, digest: &Digest<'_>) {
+        for late in &digest.late {
+            let Some(slot) = self.slot(EpisodeId(late.of)) else { continue };
             let note = &mut self.notes[slot as usize];
             if note.embedded || note.forgotten {
                 continue;
             }
             note.embedded = true;
-            self.bare = self.bare.saturating_sub(1);
-            if let Some(vector) = &extra.embedding {
-                self.vectors.insert(slot, EpisodeId::new(record.turn, place));
-                self.given.get_or_insert_with(|| Matrix::new(vector.dimension(), self.limit)).push(slot, vector);
+            self.bare = self.bare.saturating_sub(usize::from(!note.repeat));
+            if let Some(planes) = &late.given {
+                self.vectors.insert(slot, EpisodeId::new(digest.turn, late.place as usize));
+                self.give(slot, Some(planes));
             }
         }
     }
@@ -282,12 +333,15 @@ impl Shelf {
         if self.bare == 0 {
             return Vec::new();
         }
-        let bare = self.notes.iter().rev().filter(|note| !note.embedded && !note.forgotten);
+        let bare = self.notes.iter().rev().filter(|note| !note.embedded && !note.forgotten && !note.repeat);
         bare.take(limit).map(|note| note.id).collect()
     }
 
-    /// With the places where vectors of these episodes stand in later turns; in order.
+    /// With repeats of these episodes, and the places where vectors of theirs stand in later turns; in order.
     pub(crate) fn with_vectors(&self, mut ids: Vec<EpisodeId>) -> Vec<EpisodeId> {
+        let again = ids.iter().filter_map(|id| self.repeats.get(&self.slot(*id)?)).flatten();
+        let again: Vec<EpisodeId> = again.map(|slot| self.notes[*slot as usize].id).collect();
+        ids.extend(again);
         let later: Vec<EpisodeId> = ids.iter().filter_map(|id| self.vectors.get(&self.slot(*id)?).copied()).collect();
         ids.extend(later);
         ids.sort_unstable();
@@ -299,34 +353,40 @@ impl Shelf {
         if let Some(known) = self.tags.get(tag) {
             return *known;
         }
-        let number = u32::try_from(self.tags.len()).unwrap_or(u32::MAX);
+        let number = u32::try_from(self.tagged.len()).unwrap_or(u32::MAX);
         self.tags.insert(tag.into(), number);
+        self.tagged.push((tag.into(), Vec::new()));
         number
     }
 
     /// The first of the group of those that tell the same, by their words or by their vectors.
-    fn root(&mut self, slot: u32, text: &str, vector: Option<&Vector>) -> u32 {
-        let hash = words::words(text).fold(0u64, |hash, word| hash.rotate_left(9) ^ stable_hash(word.bytes()));
-        let first = self.texts.get(&hash).copied();
+    fn root(&mut self, slot: u32, trace: &Trace<'_>) -> u32 {
+        let first = self.same.get(&trace.same).copied();
+        let dimension = self.dimension();
+        let given = trace.given.as_ref().filter(|given| dimension.is_none_or(|has| 2 * has == given.planes.len()));
+        let vector = given.map(|planes| (planes, planes.planes.len() / 2));
+        let vector = vector.or_else(|| trace.lexical.as_ref().map(|planes| (planes, planes.planes.len())));
+        let vector = vector.map(|(planes, dimension)| {
+            let mut numbers = planes.numbers();
+            numbers.truncate(dimension);
+            (planes.scale, numbers.into_boxed_slice())
+        });
         let near = || {
-            let vector = vector?;
-            let (other, cosine) = self
-                .recent
-                .iter()
-                .filter(|(_, other)| other.dimension() == vector.dimension())
-                .map(|(slot, other)| (*slot, vector::cosine(vector, other)))
-                .max_by(|a, b| a.1.total_cmp(&b.1))?;
-            (cosine >= SAME).then_some(other)
+            let (scale, high) = vector.as_ref()?;
+            let alike: Vec<_> = self.recent.iter().filter(|(_, _, other)| other.len() == high.len()).collect();
+            let others = alike.iter().map(|(_, scale, high)| Coarse { scale: *scale, high });
+            let (at, cosine) = vector::nearest(Coarse { scale: *scale, high }, others)?;
+            (cosine >= SAME).then_some(alike.get(at)?.0)
         };
         let like = first.or_else(near);
         let known = like.and_then(|like| self.notes.get(like as usize)).filter(|note| !note.forgotten);
         let root = known.map_or(slot, |note| note.root);
-        self.texts.entry(hash).or_insert(slot);
-        if let Some(vector) = vector {
+        self.same.entry(trace.same).or_insert(slot);
+        if let Some((scale, high)) = vector {
             if self.recent.len() == RECENT {
                 self.recent.pop_front();
             }
-            self.recent.push_back((slot, vector.clone()));
+            self.recent.push_back((slot, scale, high));
         }
         root
     }
@@ -342,13 +402,16 @@ impl Shelf {
             if !note.forgotten || note.undated {
                 note.gone_at = at.0;
             }
-            self.bare -= usize::from(!note.forgotten && !note.embedded).min(self.bare);
+            self.bare -= usize::from(!note.forgotten && !note.embedded && !note.repeat).min(self.bare);
             (note.forgotten, note.undated) = (true, false);
             note.tags = Box::default();
             note.reward = f32::NAN;
             note.occurred_at = note.recorded_at;
-            self.all_words = self.all_words.saturating_sub(note.length.into());
+            self.all_words = self.all_words.saturating_sub(if note.repeat { 0 } else { note.length.into() });
             note.length = 0;
+            if let Some(held) = self.texts[*slot as usize].take() {
+                self.text_bytes -= held.text.len();
+            }
         }
         let is_gone = |slot: u32| slots.binary_search(&slot).is_ok();
         self.words.retain(|_, list| {
@@ -356,21 +419,25 @@ impl Shelf {
             !list.is_empty()
         });
         self.postings = self.words.values().map(Vec::len).sum();
-        self.texts.retain(|_, slot| !is_gone(*slot));
-        self.recent.retain(|(slot, _)| !is_gone(*slot));
+        self.tagged.iter_mut().for_each(|(_, tagged)| tagged.retain(|slot| !is_gone(*slot)));
+        self.same.retain(|_, slot| !is_gone(*slot));
+        self.recent.retain(|(slot, ..)| !is_gone(*slot));
         self.lexical.iter_mut().chain(&mut self.given).for_each(|matrix| matrix.remove(&slots));
         self.regroup(&slots);
     }
 
-    /// A group whose first one is gone gathers around the next.
+    /// Groups without what is gone. One whose first is gone gathers around the next.
     fn regroup(&mut self, gone: &[u32]) {
-        let mut next: Map<u32, u32> = Map::default();
-        for slot in 0..self.notes.len() {
-            let root = self.notes[slot].root;
-            if gone.binary_search(&root).is_ok() && !self.notes[slot].forgotten {
-                #[allow(clippy::cast_possible_truncation)] // slots are 32 bits
-                let first = *next.entry(root).or_insert(slot as u32);
-                self.notes[slot].root = first;
+        let mut roots: Vec<u32> = gone.iter().map(|slot| self.notes[*slot as usize].root).collect();
+        roots.sort_unstable();
+        roots.dedup();
+        for root in roots {
+            let Some(mut group) = self.groups.remove(&root) else { continue };
+            group.retain(|slot| !self.notes[*slot as usize].forgotten);
+            let Some(first) = group.first().copied() else { continue };
+            group.iter().for_each(|slot| self.notes[*slot as usize].root = first);
+            if group.len() > 1 {
+                self.groups.insert(first, group);
             }
         }
     }
@@ -408,123 +475,36 @@ impl Shelf {
         (note.gone_at != NEVER).then_some(Millis(note.gone_at))
     }
 
-    fn keeps(&self, known: &Known, tags: &Tags, slot: u32) -> bool {
-        let note = &self.notes[slot as usize];
-        let then = known.as_of.map_or(note.gone_at == NEVER, |at| note.recorded_at <= at.0 && note.gone_at > at.0);
-        then && !note.forgotten
-            && known.min_reward.is_none_or(|least| note.reward >= least)
-            && known.after.is_none_or(|after| note.occurred_at >= after.0)
-            && known.before.is_none_or(|before| note.occurred_at < before.0)
-            && tags.fit(&note.tags)
-    }
-
-    /// What is asked for, best first, and how many episodes known at that time were forgotten since.
-    pub(crate) fn search(&self, asked: &Asked) -> Result<(Vec<Hit>, u64), OtherDimension> {
-        if let (Some(given), Some(has)) = (asked.given.as_ref().map(Vector::dimension), self.dimension())
-            && given != has
-            && !asked.ours
-        {
-            return Err(OtherDimension { has, given });
-        }
-        let tags = Tags::of(&asked.known, &self.tags);
-        let keep = |slot: u32| self.keeps(&asked.known, &tags, slot);
-        let all = asked.known.narrows() && self.is_indexed() && self.count_up_to(self.limit, keep) < self.limit;
-        let depth = DEPTH.max(4 * asked.limit);
-        let nearest = |matrix: &Option<Matrix>, query: &Option<Vector>, least| match (matrix, query) {
-            (Some(matrix), Some(query)) => matrix.nearest(query, depth, least, all, keep),
-            _ => Vec::new(),
-        };
-        let by_words = self.by_words(&asked.words, depth, keep);
-        let by_text = nearest(&self.lexical, &asked.lexical, LEAST_LEXICAL);
-        let by_vector = nearest(&self.given, &asked.given, LEAST_GIVEN);
-        let place = |slot: u32| {
-            let note = &self.notes[slot as usize];
-            Place { occurred_at: Millis(note.occurred_at), reward: (!note.reward.is_nan()).then_some(note.reward) }
-        };
-        let mut ranked = fuse::fuse([by_words, by_text, by_vector], asked.now, place);
-        self.once_each(&mut ranked, &asked.known, &tags);
-        ranked.truncate(asked.limit);
-        for hit in &mut ranked {
-            let note = &self.notes[hit.slot as usize];
-            hit.id = note.id;
-            let age = asked.now.0.saturating_sub(note.recorded_at).max(0).unsigned_abs();
-            self.recalled.0.fetch_add(1, Ordering::Relaxed);
-            self.recalled.1.fetch_add(age, Ordering::Relaxed);
-        }
-        Ok((ranked, asked.known.as_of.map_or(0, |at| self.forgotten_since(at))))
+    /// An episode as it was remembered, where its text is held.
+    pub(crate) fn episode(&self, slot: u32) -> Option<Episode> {
+        let (note, held) = (self.notes.get(slot as usize)?, self.texts.get(slot as usize)?.as_ref()?);
+        let split = held.data.map_or(held.text.len(), |data| data as usize);
+        let data = held.data.map(|_| RawJson::parse(&held.text[split..])).transpose().ok()?;
+        Some(Episode {
+            id: note.id.0,
+            turn: note.id.turn(),
+            content: held.text[..split].to_owned(),
+            data,
+            tags: note.tags.iter().map(|tag| self.tagged[*tag as usize].0.clone().into()).collect(),
+            reward: (!note.reward.is_nan()).then_some(note.reward),
+            occurred_at: Millis(note.occurred_at),
+            recorded_at: Millis(note.recorded_at),
+            score: 0.0,
+        })
     }
 
     fn is_indexed(&self) -> bool {
         self.lexical.iter().chain(&self.given).any(Matrix::is_indexed)
     }
 
-    fn count_up_to(&self, most: usize, keep: impl Fn(u32) -> bool) -> usize {
-        (0..u32::try_from(self.notes.len()).unwrap_or(u32::MAX)).filter(|slot| keep(*slot)).take(most).count()
-    }
-
-    /// How many were known at a time and are forgotten now.
-    fn forgotten_since(&self, at: Millis) -> u64 {
-        let then = |note: &&Note| note.forgotten && note.recorded_at <= at.0 && note.gone_at > at.0;
-        self.notes.iter().filter(then).count() as u64
-    }
-
-    /// Leaves the best of each group of duplicates, with how many of the others would have fitted.
-    fn once_each(&self, ranked: &mut Vec<Hit>, known: &Known, tags: &Tags) {
-        let mut shown = HashSet::with_hasher(ahash::RandomState::new());
-        ranked.retain(|hit| shown.insert(self.notes[hit.slot as usize].root));
-        let mut others: Map<u32, u32> = Map::default();
-        if self.notes.iter().enumerate().any(|(slot, note)| note.root as usize != slot) {
-            for slot in 0..u32::try_from(self.notes.len()).unwrap_or(u32::MAX) {
-                let root = self.notes[slot as usize].root;
-                if shown.contains(&root) && self.keeps(known, tags, slot) {
-                    *others.entry(root).or_default() += 1;
-                }
-            }
-        }
-        for hit in ranked {
-            hit.duplicates = others.get(&self.notes[hit.slot as usize].root).map_or(0, |all| all.saturating_sub(1));
-        }
-    }
-
-    /// BM25, as `store::rank`.
-    #[allow(clippy::cast_precision_loss)] // counts far below 2^53
-    fn by_words(&self, words: &[String], limit: usize, keep: impl Fn(u32) -> bool) -> Vec<(u32, f32)> {
-        let lists = words.iter().filter_map(|word| self.words.get(&stable_hash(word.bytes())));
-        let episodes = self.notes.len().max(1) as f64;
-        let mean = (self.all_words as f64 / episodes).max(1.0);
-        let mut scores = vec![0f32; self.notes.len()];
-        let mut touched = Vec::new();
-        for list in lists {
-            let rarity = rank::rarity(episodes, list.len() as f64);
-            for posting in list {
-                let score = &mut scores[posting.slot as usize];
-                if *score == 0.0 {
-                    touched.push(posting.slot);
-                }
-                let length = self.notes[posting.slot as usize].length;
-                #[allow(clippy::cast_possible_truncation)] // a score
-                let weight = rank::weight(rarity, posting.count, length, mean) as f32;
-                *score += weight;
-            }
-        }
-        let mut best = Best::new(limit);
-        for slot in touched {
-            let score = scores[slot as usize];
-            if best.wants(score) && keep(slot) {
-                best.offer(slot, score);
-            }
-        }
-        best.finish()
-    }
-
     /// The known episodes that `wanted` names, oldest first.
     pub(crate) fn pick(&self, wanted: impl Fn(&Standing) -> bool) -> Vec<EpisodeId> {
-        let tags: HashMap<u32, &str> = self.tags.iter().map(|(tag, number)| (*number, &**tag)).collect();
         let standing = |note: &Note| Standing {
             id: note.id,
             occurred_at: Millis(note.occurred_at),
             reward: (!note.reward.is_nan()).then_some(note.reward),
-            tags: note.tags.iter().filter_map(|tag| tags.get(tag).copied()).collect(),
+            tags: note.tags.iter().map(|tag| &*self.tagged[*tag as usize].0).collect(),
+            repeat: note.repeat,
         };
         self.notes.iter().filter(|note| !note.forgotten && wanted(&standing(note))).map(|note| note.id).collect()
     }
@@ -534,6 +514,9 @@ impl Shelf {
     pub(crate) fn figures(&self) -> Figures {
         let mut figures = Figures { bytes: self.bytes(), indexed: self.is_indexed(), ..Figures::default() };
         for (slot, note) in self.notes.iter().enumerate() {
+            if note.repeat {
+                continue;
+            }
             if note.forgotten {
                 figures.forgotten += 1;
             } else if note.gone_at != NEVER {
@@ -561,7 +544,10 @@ impl Shelf {
     pub(crate) fn bytes(&self) -> usize {
         let notes = self.notes.capacity() * size_of::<Note>();
         let words = self.words.len() * 48 + self.postings * 12;
-        let rest = self.tags.len() * 64 + self.lines.len() * 16 + self.texts.len() * 24 + self.recent.len() * 600;
+        let tags = self.tagged.iter().map(|(name, slots)| 96 + 2 * name.len() + 4 * slots.capacity()).sum::<usize>();
+        let texts = self.texts.capacity() * size_of::<Option<Held>>() + self.text_bytes;
+        let groups = self.groups.values().map(|group| 48 + 4 * group.capacity()).sum::<usize>();
+        let rest = self.lines.len() * 16 + self.same.len() * 24 + self.recent.len() * 600 + tags + texts + groups;
         let matrices: usize = self.lexical.iter().chain(&self.given).map(Matrix::bytes).sum();
         512 + notes + words + rest + matrices
     }
@@ -578,26 +564,8 @@ pub(crate) struct Standing<'a> {
     pub reward: Option<f32>,
     /// Its labels.
     pub tags: Vec<&'a str>,
-}
-
-/// The tags that are asked for, as this shelf numbers them.
-struct Tags {
-    any: Option<Vec<u32>>,
-    /// `None` where one of them is on no episode.
-    all: Option<Vec<u32>>,
-}
-
-impl Tags {
-    fn of(known: &Known, numbers: &Map<Box<str>, u32>) -> Self {
-        let number = |tag: &String| numbers.get(tag.as_str()).copied();
-        let any = (!known.tags_any.is_empty()).then(|| known.tags_any.iter().filter_map(number).collect());
-        Self { any, all: known.tags_all.iter().map(number).collect() }
-    }
-
-    fn fit(&self, tags: &[u32]) -> bool {
-        self.any.as_ref().is_none_or(|any| any.iter().any(|tag| tags.contains(tag)))
-            && self.all.as_ref().is_some_and(|all| all.iter().all(|tag| tags.contains(tag)))
-    }
+    /// Of a line of an import that had become an episode before.
+    pub repeat: bool,
 }
 
 #[cfg(test)]

@@ -114,10 +114,22 @@ impl Shelves {
             }
         }
         if changed {
-            let bytes = shared.read().await.bytes();
+            let bytes = self.settle(&shared).await;
             self.weigh(key, bytes);
         }
         Ok(shared)
+    }
+
+    /// Makes what is worth making, once after a run of turns: an index that grows page by page would be made again and again.
+    /// How many bytes the shelf has then.
+    async fn settle(&self, shared: &Shared) -> usize {
+        let mut shelf = Arc::clone(shared).write_owned().await;
+        let heavy = shelf.len() > MANY;
+        let mut settle = move || {
+            shelf.settle();
+            shelf.bytes()
+        };
+        if heavy { tokio::task::spawn_blocking(settle).await.unwrap_or(0) } else { settle() }
     }
 
     async fn follow(&self, shared: &Shared, page: Remembered) {
@@ -141,7 +153,6 @@ impl Shelves {
                     kinds.append(&mut shelf.follow(turn));
                 }
             }
-            shelf.settle();
             (live, kinds)
         };
         let followed = if heavy { tokio::task::spawn_blocking(apply).await.ok() } else { Some(apply()) };

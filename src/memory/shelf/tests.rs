@@ -3,10 +3,15 @@
 
 use super::*;
 use crate::{
-    memory::{Forget, Prune, ask},
+    memory::{
+        Forget, Known, Prune,
+        ask::{self, Asked},
+        lexical,
+    },
+    store::rank,
     types::{
-        Channel, Outcome, RawJson, Source, StateChange, Stimulus,
-        memory::{ENGINE, FORGET_CHANNEL, Forgetting, WRITE_CHANNEL, Writing, Written, read_writing},
+        Channel, EpisodeId, Outcome, RawJson, Source, StateChange, Stimulus,
+        memory::{ENGINE, Extra, FORGET_CHANNEL, Forgetting, Vector, WRITE_CHANNEL, Writing, Written, read_writing},
     },
 };
 
@@ -244,4 +249,48 @@ fn a_line_of_an_import_is_known_again() {
     assert_eq!(shelf.imported("l-2"), None);
     shelf.follow(&forgetting(2, 20, &[id(1, 1)]));
     assert_eq!(shelf.imported("l-1"), Some(id(1, 1)), "sending it again does not bring it back");
+}
+
+#[test]
+fn a_line_that_two_imports_took_is_one_episode() {
+    let line = || Extra { line: Some("l-1".into()), ..Extra::default() };
+    let of = |content: &str| Written { extra: line(), tags: vec!["x".into()], ..episode(content) };
+    let mut shelf = shelf(&[
+        writing(1, 10, vec![of("the red bicycle is in the shed")]),
+        writing(2, 20, vec![of("the red bicycle is in the shed"), episode("the blue bicycle is gone")]),
+    ]);
+    assert_eq!(shelf.imported("l-1"), Some(id(1, 0)));
+    let (hits, _) = shelf.search(&asked("red bicycle", Known::default())).unwrap();
+    assert_eq!(hits.iter().map(|hit| (hit.id, hit.duplicates)).collect::<Vec<_>>(), [(id(1, 0), 0), (id(2, 1), 0)]);
+    let figures = shelf.figures();
+    assert_eq!((figures.episodes, figures.duplicates, figures.forgotten), (2, 0, 0));
+    assert_eq!(shelf.bare(9), [id(2, 1), id(1, 0)], "nobody embeds a repeat");
+    assert_eq!(Prune::KeepNewest(2).picks(&shelf), [id(2, 0)], "it is the first to go");
+    let tagged = Forget { tags: vec!["x".into()], ..Forget::default() };
+    assert_eq!(tagged.picks(&shelf), [id(1, 0), id(2, 0)], "and goes with its tag");
+    assert_eq!(shelf.with_vectors(vec![id(1, 0)]), [id(1, 0), id(2, 0)], "and with the first one");
+    shelf.follow(&forgetting(3, 30, &[id(1, 0), id(2, 0)]));
+    assert_eq!(found(&shelf, "red bicycle", Known::default()), [id(2, 1)]);
+    assert_eq!(shelf.figures().episodes, 1);
+}
+
+#[test]
+fn what_is_recalled_is_as_it_was_remembered() {
+    let of = |content: &str, data: Option<&str>| Written {
+        data: data.map(|data| RawJson::parse(data).unwrap()),
+        tags: vec!["b".into(), "a".into()],
+        reward: Some(0.5),
+        occurred_at: Some(7),
+        ..episode(content)
+    };
+    let long = "word ".repeat(1000);
+    let turn =
+        writing(1, 10, vec![of("käse", Some(r#"{"a":[1]}"#)), of("", Some("null")), of("tea", None), of(&long, None)]);
+    let mut shelf = shelf(std::slice::from_ref(&turn));
+    let told: Vec<_> = crate::store::replay::episodes(&turn).collect();
+    assert_eq!((0..3).map(|slot| shelf.episode(slot).unwrap()).collect::<Vec<_>>(), told[..3]);
+    assert_eq!(shelf.episode(3), None, "long ones stay in the log");
+    shelf.follow(&forgetting(2, 20, &[id(1, 0), id(1, 2)]));
+    assert_eq!((shelf.episode(0), shelf.episode(2)), (None, None));
+    assert!(shelf.episode(1).is_some());
 }

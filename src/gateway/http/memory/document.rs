@@ -85,7 +85,7 @@ pub fn memory_stats() {}
 pub fn export_memory() {}
 
 /// Import episodes from JSON lines, as an export makes them. Lines that were imported before are known by their ids and left
-/// out, so an import that broke off is sent again. Two imports of the same lines at the same time may both take them.
+/// out, so an import that broke off is sent again.
 #[utoipa::path(post, path = "/v1/instances/{id}/memory/import", tag = "memory",
     params(("id" = String, Path, description = "The instance")),
     request_body(content(

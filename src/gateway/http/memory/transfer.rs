@@ -233,9 +233,13 @@ impl Import<'_> {
         if fresh.is_empty() {
             return Ok(());
         }
-        let count = fresh.len();
-        write(self.caller, self.key, fresh, None, Priority::Background).await?;
-        self.imported += count;
+        let lines: Vec<String> = fresh.iter().filter_map(|written| written.extra.line.clone()).collect();
+        let (turn, _) = write(self.caller, self.key, fresh, None, Priority::Background).await?;
+        // Another import may have brought the same lines meanwhile: then they are its episodes.
+        let now = self.caller.shared.router.memory().imported(self.key, &lines).await?;
+        let ours = now.into_iter().flatten().filter(|id| id.turn() == turn.turn).count();
+        self.imported += ours;
+        self.known += lines.len() - ours;
         Ok(())
     }
 }
