@@ -176,7 +176,7 @@ fn trace<'a>(draft: &'a EpisodeDraft, extra: &Extra, lexical: bool) -> Option<Tr
         tags: draft.tags.iter().map(String::as_str).collect(),
         words,
         length,
-        same: words::words(&draft.content).fold(0u64, |hash, word| hash.rotate_left(9) ^ stable_hash(word.bytes())),
+        same: same(&draft.content, data),
         junk: meaning < MEANING && data.is_none(),
         lexical: lexical.as_ref().map(Planes::coarse),
         given: extra.embedding.as_ref().map(Planes::both),
@@ -184,4 +184,14 @@ fn trace<'a>(draft: &'a EpisodeDraft, extra: &Extra, lexical: bool) -> Option<Tr
         line: extra.line.as_ref().map(|line| stable_hash(line.bytes())),
         text: held.then_some(Text { content: &draft.content, data }),
     })
+}
+
+/// What tells the same has the same: its words in their order, or all of it where there are none.
+fn same(content: &str, data: Option<&str>) -> u64 {
+    let mut any = false;
+    let hash = words::words(content).fold(0u64, |hash, word| {
+        any = true;
+        hash.rotate_left(9) ^ stable_hash(word.bytes())
+    });
+    if any { hash } else { stable_hash(content.bytes().chain(data.unwrap_or_default().bytes())) }
 }

@@ -410,6 +410,45 @@ mod tests {
         }
     }
 
+    /// What turns keep as the data of their stimuli. A file never changes: old turns are read for ever.
+    fn golden<T: Serialize + serde::de::DeserializeOwned + PartialEq + fmt::Debug>(name: &str, value: &T) {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/memory").join(name);
+        let stored = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        assert_eq!(serde_json::to_string(value).unwrap(), stored, "{name}");
+        assert_eq!(serde_json::from_str::<T>(&stored).unwrap(), *value, "{name}");
+    }
+
+    #[test]
+    fn what_turns_keep_is_as_published() {
+        let embedding = Vector::of(&[1.0]);
+        let line = Some(String::from("l-1"));
+        let extra =
+            Extra { embedding: embedding.clone(), supersedes: vec![EpisodeId::new(1, 0)], line, ..Extra::default() };
+        let tea = Written {
+            content: "tea".into(),
+            data: Some(RawJson::parse(r#"{"a":1}"#).unwrap()),
+            tags: vec!["drinks".into()],
+            reward: Some(0.5),
+            occurred_at: Some(4),
+            extra: extra.clone(),
+        };
+        let plain = Written {
+            content: "plain".into(),
+            data: None,
+            tags: Vec::new(),
+            reward: None,
+            occurred_at: None,
+            extra: Extra::default(),
+        };
+        golden("writing-1.json", &Writing { episodes: vec![tea, plain] });
+        golden("kept-1.json", &Kept { extras: vec![extra, Extra::default()] });
+        let of = |place| Some(EpisodeId::new(3, place));
+        let with = Extra { embedding, of: of(2), ..Extra::default() };
+        golden("embedding-1.json", &Kept { extras: vec![with, Extra { of: of(3), ..Extra::default() }] });
+        let ids = [EpisodeId::new(3, 0), EpisodeId::new(3, 1), EpisodeId::new(4, 5)];
+        golden("forgetting-1.json", &Forgetting::of(&ids));
+    }
+
     #[test]
     fn a_vector_keeps_its_direction() {
         let numbers: Vec<f32> = (0..300).map(|n| ((n * 37 % 101) as f32 - 50.0) / 7.0).collect();

@@ -188,6 +188,14 @@ fn duplicates_are_linked_and_shown_once() {
 }
 
 #[test]
+fn what_has_no_words_is_told_apart_by_its_data() {
+    let of = |data: &str| Written { data: Some(RawJson::parse(data).unwrap()), ..episode("") };
+    let shelf = shelf(&[writing(1, 10, vec![of("1"), of("2"), of("1")])]);
+    let roots: Vec<_> = (0..3).map(|place| shelf.duplicate_of(id(1, place))).collect();
+    assert_eq!(roots, [None, None, Some(id(1, 0))]);
+}
+
+#[test]
 fn vectors_of_clients_find_what_words_do_not() {
     let with = |content: &str, numbers: &[f32]| Written {
         extra: Extra { embedding: Vector::of(numbers), ..Extra::default() },
