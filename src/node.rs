@@ -39,7 +39,7 @@ use crate::{
         toolkit::Toolkit,
     },
     runtime::{clock::Clock, drain::Drain},
-    scaling::pool::Places,
+    scaling::pool::Tally,
     store::{
         self, Store,
         memory::MemoryStore,
@@ -310,10 +310,17 @@ impl Node {
         member.deliver_with(courier.leaving());
         let (scan_period, period) = watch::channel(live::scan_period(config));
         edge.handle.spawn(scan(router.clone(), drain.clone(), period));
-        edge.handle.spawn(tend(store.pools(), drain.clone()));
+        let pools = pools(&*store, &environment, &toolkit);
+        edge.handle.spawn(tend(pools.clone(), drain.clone()));
         let live = live::Live::new(
             config.clone(),
-            live::Parts { store: store.clone(), member: member.clone(), environment, scan: scan_period },
+            live::Parts {
+                store: store.clone(),
+                member: member.clone(),
+                environment,
+                toolkit: toolkit.clone(),
+                scan: scan_period,
+            },
             clock.clone(),
         );
 
@@ -325,7 +332,7 @@ impl Node {
             clock,
             node: Arc::from(config.node.name()),
             metrics: Arc::new(prometheus::render),
-            checks: checks(&member, store.pools()),
+            checks: checks(&member, pools),
             extra: match &door {
                 Door::Embedded(broker) => http::websocket::route(broker.clone(), auth),
                 Door::External(_) | Door::Off => Arc::new(|_| ()),
@@ -435,8 +442,16 @@ fn addresses(config: &Config, http: SocketAddr, mqtt: Option<SocketAddr>) -> Vec
     addresses
 }
 
+/// All pools of the node: connections, threads, calls of models and tools.
+fn pools(store: &dyn Store, environment: &Environment, toolkit: &Toolkit) -> Vec<Arc<Tally>> {
+    let mut pools: Vec<_> = store.pools().iter().map(|pool| pool.tally().clone()).collect();
+    pools.extend(environment.minds.engines().pools());
+    pools.extend(toolkit.pools());
+    pools
+}
+
 /// What readiness says: a node that is no member cannot serve; without a bus, full, or with pools that are too small it can.
-fn checks(member: &Member, pools: Vec<Arc<Places>>) -> Vec<http::Check> {
+fn checks(member: &Member, pools: Vec<Arc<Tally>>) -> Vec<http::Check> {
     let (one, other, third) = (member.clone(), member.clone(), member.clone());
     let strain = move || {
         let strained: Vec<String> = pools.iter().filter_map(|pool| pool.strain()).collect();
@@ -489,7 +504,7 @@ async fn open_store(config: &Config, clock: &Clock, handle: &tokio::runtime::Han
 }
 
 /// Looks at pools, and tells which are too small.
-async fn tend(pools: Vec<Arc<Places>>, drain: Drain) {
+async fn tend(pools: Vec<Arc<Tally>>, drain: Drain) {
     loop {
         tokio::select! {
             () = tokio::time::sleep(POOLS) => {}

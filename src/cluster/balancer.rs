@@ -27,7 +27,7 @@ use arc_swap::{ArcSwap, Guard};
 
 use super::{
     bus::{Bus, Message as Said},
-    routing::{Peer, Routing},
+    routing::{BUSIEST, Peer, Routing},
 };
 use crate::{
     scaling::{
@@ -63,7 +63,8 @@ pub struct Parts {
     pub memory: Arc<dyn Fn() -> u32 + Send + Sync>,
     /// When it is full.
     pub thresholds: Thresholds,
-    /// Is told when it became full, or has room again. Must not block.
+    /// Is told again and again whether what can wait is to wait for another node: whether this one is full and another one has
+    /// room. Must not block.
     pub on_full: Box<dyn Fn(bool) + Send + Sync>,
     /// The way to the others.
     pub bus: Arc<dyn Bus>,
@@ -195,14 +196,14 @@ impl Inner {
         let judged = scaling.judge(now, usage, &thresholds);
         drop(scaling);
         let before = self.judged.swap(Arc::new(judged));
+        (self.parts.on_full)(judged.full.is_some() && routing.others_have_room());
         if judged.full.is_some() != before.full.is_some() {
-            (self.parts.on_full)(judged.full.is_some());
             match judged.full {
                 Some(short) => tracing::warn!(
                     threshold = short.setting(),
                     cpu_permille = usage.cpu_permille,
                     memory_permille = usage.memory_permille,
-                    "this node is full: it gives shards away, and refuses stimuli of the background class"
+                    "this node is full: while others have room it gives shards away, and refuses stimuli of the background class"
                 ),
                 None => tracing::info!("this node has room again"),
             }
@@ -215,9 +216,6 @@ impl Inner {
         metrics::gauge!(metric::SCALING_DESIRED).set(f64::from(judged.desired));
     }
 }
-
-/// The load of a node that is full.
-const BUSIEST: u32 = 1000;
 
 /// The actor: hears who is how busy, judges how much this node takes, publishes the snapshot.
 pub struct LoadBalancer {

@@ -196,7 +196,7 @@ impl Member {
             }),
             gauge: Arc::new(move || gauge.read()),
             thresholds: thresholds(&config.scaling),
-            on_full: Box::new(move |full| fullness.limits.set_full(full)),
+            on_full: Box::new(move |turns_away| fullness.limits.set_turns_away(turns_away)),
             bus: bus.clone(),
             arbiter,
         });

@@ -14,6 +14,9 @@ use crate::{
     types::{NodeId, Role, Strategy, id::stable_hash},
 };
 
+/// How busy a node says it is that is full, in thousandths.
+pub const BUSIEST: u32 = 1000;
+
 /// A node, as work is given to it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Peer {
@@ -97,6 +100,13 @@ impl Routing {
         known.iter().sum::<u32>().checked_div(u32::try_from(known.len()).ok()?)
     }
 
+    /// Whether another node that owns shards has room, by what is believed of it: one that is full says that it is as busy as
+    /// can be.
+    pub fn others_have_room(&self) -> bool {
+        let others = self.peers.iter().filter(|peer| peer.row.node != self.me && peer.takes(Role::Mind));
+        others.filter_map(|peer| peer.report).any(|report| report.load.busy_permille < BUSIEST)
+    }
+
     /// The newest version of the protocol that every node speaks.
     pub fn spoken(&self) -> u32 {
         self.peers.iter().map(|peer| peer.row.protocol.max).min().unwrap_or(0)
@@ -162,6 +172,17 @@ mod tests {
             }
         }
         assert!(routing(Strategy::PowerOfTwo, vec![peer("me", Some(0))]).other(Role::Mind, 1).is_none(), "it is alone");
+    }
+
+    #[test]
+    fn others_have_room_when_one_of_them_says_so() {
+        let room = |peers: Vec<Peer>| routing(Strategy::RoundRobin, peers).others_have_room();
+        assert!(!room(vec![peer("me", Some(0))]), "it is alone");
+        assert!(!room(vec![peer("me", Some(0)), peer("a", Some(1000)), peer("b", None)]), "full, and not heard of");
+        assert!(room(vec![peer("me", Some(1000)), peer("a", Some(1000)), peer("b", Some(990))]));
+        let mut leaving = peer("a", Some(0));
+        leaving.row.draining = true;
+        assert!(!room(vec![peer("me", Some(1000)), leaving]));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::{Engine, Error, answer::Extractive, llm::Llm, scripted::Scripted};
 use crate::{
     config,
+    scaling::pool::Tally,
     types::{Profile, profile::EngineName},
 };
 
@@ -49,6 +50,16 @@ impl Engines {
     /// The engine a profile names, or the node's default.
     pub fn of(&self, profile: &Profile) -> &Arc<dyn Engine> {
         self.get(profile.engine.unwrap_or(self.default))
+    }
+
+    /// What is counted of the calls of models, by provider.
+    pub fn pools(&self) -> Vec<Arc<Tally>> {
+        self.models.pools().collect()
+    }
+
+    /// As many calls of models at once, and as many that wait, as the settings say.
+    pub fn resize(&self, config: &config::Cognition) {
+        self.models.resize(config);
     }
 
     /// Checks what a profile says to its engine, before it is stored. Rules are checked by

@@ -57,6 +57,18 @@ pub const LIVE: &[Key] = &[
     Key::number("instances.idle_passivate_seconds", |c| c.instances.idle_passivate_seconds as f64),
     Key::number("instances.scan_seconds", |c| c.instances.scan_seconds as f64),
     Key::number("cognition.think_seconds", |c| c.cognition.think_seconds as f64),
+    Key::number("cognition.max_steps", |c| f64::from(c.cognition.max_steps)),
+    Key::number("cognition.max_tokens_per_turn", |c| c.cognition.max_tokens_per_turn as f64),
+    Key::text("cognition.providers.NAME.max_concurrent"),
+    Key::text("cognition.providers.NAME.max_waiting"),
+    Key::number("tools.max_concurrent", |c| c.tools.max_concurrent as f64),
+    Key::number("tools.max_waiting", |c| c.tools.max_waiting as f64),
+    Key::number("tools.http.max_concurrent", |c| c.tools.http.max_concurrent as f64),
+    Key::text("tools.mcp.NAME.max_concurrent"),
+    Key::number("cache.jitter_percent", |c| c.cache.jitter_percent as f64),
+    Key::number("cache.negative_seconds", |c| c.cache.negative_seconds as f64),
+    Key::text("cache.ttl.NAME"),
+    Key::text("cache.stale.NAME"),
     Key::text("telemetry.log"),
 ];
 
@@ -207,6 +219,7 @@ mod tests {
         let mut config = Config::default();
         let provider = toml::from_str("base_url = 'http://127.0.0.1:1/v1'").unwrap();
         config.cognition.providers.insert(String::from("local"), provider);
+        config.tools.mcp.insert(String::from("files"), crate::config::tools::McpServer::default());
         // Settings that are absent by default.
         config.scaling.limits.horizontal_scaling_enabled = Some(false);
         let known = flat(&config);

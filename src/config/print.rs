@@ -4,10 +4,11 @@
 
 use toml::de::{DeTable, DeValue};
 
-use super::load::Loaded;
+use super::{live::live, load::Loaded};
 
 impl Loaded {
-    /// TOML that yields these settings again, with the origin of each value as comment; secrets are `***`.
+    /// TOML that yields these settings again, with the origin of each value as comment, and which of them change while a node
+    /// runs; secrets are `***`.
     pub fn print(&self) -> String {
         let text = match toml::to_string(&self.config) {
             Ok(text) => text,
@@ -46,7 +47,8 @@ impl Loaded {
                 }
                 _ => {
                     let line = text[..value.span().end].matches('\n').count();
-                    out.push((line, self.said(path)));
+                    let live = if is_live(path) { "live, " } else { "" };
+                    out.push((line, format!("{live}{}", self.said(path))));
                 }
             }
             path.pop();
@@ -65,6 +67,11 @@ impl Loaded {
             },
         }
     }
+}
+
+/// Whether a node that runs goes by another value; of lists the whole list does.
+fn is_live(path: &[String]) -> bool {
+    (1..=path.len()).any(|parts| live(&path[..parts].join(".")).is_some())
 }
 
 /// Serializes a secret as `***`.
@@ -94,7 +101,7 @@ mod tests {
         let line = |key: &str| printed.lines().find(|line| line.starts_with(key)).unwrap().to_owned();
         assert!(line("listen = \"127.0.0.1:9\"").ends_with("# --set http.listen"));
         assert!(line("token = \"***\"").ends_with("# --set auth.tokens"));
-        assert!(line("max_batch").ends_with("# default"));
+        assert!(line("max_batch").ends_with("  # default") && line("cache_l1_size_mb").ends_with("# live, default"));
         let again: Config = toml::from_str(&printed).unwrap();
         assert_eq!(again.http.listen, "127.0.0.1:9".parse().unwrap());
     }

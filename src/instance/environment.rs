@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc, Mutex, PoisonError, Weak,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -45,8 +45,6 @@ pub struct Environment {
     pub twin: bool,
     /// Most stimuli waiting for one instance.
     pub max_inbox: usize,
-    /// How far a turn may go.
-    pub bounds: Bounds,
     /// The tools engines may use; none until `node` plugs them in.
     pub toolbox: Arc<dyn Toolbox>,
     /// Instances in memory.
@@ -81,7 +79,6 @@ impl Environment {
             default_mind,
             twin: config.mqtt.mode != MqttMode::Off,
             max_inbox: config.instances.max_inbox,
-            bounds: Bounds { steps: config.cognition.max_steps, tokens: config.cognition.max_tokens_per_turn },
             toolbox: Faults::toolbox(&config.faults).unwrap_or_else(|| Arc::new(toolbox::Empty)),
             active: AtomicUsize::new(0),
             limits: Limits::of(config),
@@ -97,7 +94,9 @@ pub struct Limits {
     max_active: AtomicUsize,
     idle: AtomicU64,
     think: AtomicU64,
-    full: AtomicBool,
+    steps: AtomicU32,
+    tokens: AtomicU64,
+    turns_away: AtomicBool,
 }
 
 impl Limits {
@@ -106,7 +105,9 @@ impl Limits {
             max_active: AtomicUsize::new(config.scaling.limits.max_consciousness_instances),
             idle: AtomicU64::new(config.instances.idle_passivate_seconds),
             think: AtomicU64::new(config.cognition.think_seconds),
-            full: AtomicBool::new(false),
+            steps: AtomicU32::new(config.cognition.max_steps),
+            tokens: AtomicU64::new(config.cognition.max_tokens_per_turn),
+            turns_away: AtomicBool::new(false),
         }
     }
 
@@ -125,14 +126,25 @@ impl Limits {
         Duration::from_secs(self.think.load(Ordering::Relaxed))
     }
 
-    /// Whether the node is full: work that can wait is refused.
-    pub fn is_full(&self) -> bool {
-        self.full.load(Ordering::Relaxed)
+    /// How far a turn may go that begins now.
+    pub fn bounds(&self) -> Bounds {
+        Bounds { steps: self.steps.load(Ordering::Relaxed), tokens: self.tokens.load(Ordering::Relaxed) }
+    }
+
+    /// For turns that begin to think from here on.
+    pub fn set_bounds(&self, bounds: Bounds) {
+        self.steps.store(bounds.steps, Ordering::Relaxed);
+        self.tokens.store(bounds.tokens, Ordering::Relaxed);
+    }
+
+    /// Whether work that can wait is refused, because another node has room for it and this one has none.
+    pub fn turns_away(&self) -> bool {
+        self.turns_away.load(Ordering::Relaxed)
     }
 
     /// From here on it is so.
-    pub fn set_full(&self, full: bool) {
-        self.full.store(full, Ordering::Relaxed);
+    pub fn set_turns_away(&self, turns_away: bool) {
+        self.turns_away.store(turns_away, Ordering::Relaxed);
     }
 
     /// From here on at most so many; those that are too many leave within seconds, the ones idle for longest first.
@@ -167,6 +179,11 @@ impl Minds {
     /// Over the engines of the node.
     pub fn new(engines: Engines) -> Self {
         Self { engines, interned: Mutex::default() }
+    }
+
+    /// The engines behind them.
+    pub const fn engines(&self) -> &Engines {
+        &self.engines
     }
 
     /// Checks a profile and makes it ready.

@@ -13,6 +13,7 @@ use crate::{
     },
     config::tools::Tools,
     memory::Memory,
+    scaling::pool::Tally,
     store::Episode,
     tools::{self, Call, Recall, Registry},
     types::{InstanceKey, Profile, ToolSpec},
@@ -47,6 +48,16 @@ impl Toolkit {
     /// [`tools::Error`].
     pub fn new(settings: &Tools, max_hops: u32, memory: Arc<Memory>) -> Result<Self, tools::Error> {
         Ok(Self { registry: Registry::new(settings.clone(), Arc::new(Remembered(memory)))?, max_hops })
+    }
+
+    /// What is counted of the calls that leave the node.
+    pub fn pools(&self) -> Vec<Arc<Tally>> {
+        self.registry.pools()
+    }
+
+    /// As many calls at once, and as many that wait, as these settings say.
+    pub fn resize(&self, settings: &Tools) {
+        self.registry.resize(settings);
     }
 
     /// Ends what runs.

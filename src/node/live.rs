@@ -12,11 +12,12 @@ use tokio::sync::{Mutex, watch};
 
 use crate::{
     cluster::member::{self, Member},
+    cognition::Bounds,
     config::{
-        Config,
+        self, Config,
         live::{self, Change, Plan},
     },
-    instance::environment::Environment,
+    instance::{environment::Environment, toolkit::Toolkit},
     runtime::clock::Clock,
     scaling::{cache::Sizes, pool::Limits},
     store::{Store, set_slow_threshold},
@@ -46,6 +47,8 @@ pub(super) struct Parts {
     pub member: Member,
     /// Instances.
     pub environment: Arc<Environment>,
+    /// Tools.
+    pub toolkit: Arc<Toolkit>,
     /// How often the store is searched for what waits.
     pub scan: watch::Sender<Duration>,
 }
@@ -79,7 +82,20 @@ const READERS: &[(&str, Tell)] = &[
     }),
     ("cognition.think_seconds", |parts, config| {
         parts.environment.limits.set_think(Duration::from_secs(config.cognition.think_seconds));
+        set_models(parts, config);
     }),
+    ("cognition.max_steps", set_bounds),
+    ("cognition.max_tokens_per_turn", set_bounds),
+    ("cognition.providers.NAME.max_concurrent", set_models),
+    ("cognition.providers.NAME.max_waiting", set_models),
+    ("tools.max_concurrent", set_tools),
+    ("tools.max_waiting", set_tools),
+    ("tools.http.max_concurrent", set_tools),
+    ("tools.mcp.NAME.max_concurrent", set_tools),
+    ("cache.jitter_percent", set_policy),
+    ("cache.negative_seconds", set_policy),
+    ("cache.ttl.NAME", set_policy),
+    ("cache.stale.NAME", set_policy),
     ("telemetry.log", |_, config| {
         // Refused before anybody was told, if it were no filter.
         if let Err(error) = log::change(&config.telemetry.log) {
@@ -95,6 +111,27 @@ fn resize(parts: &Parts, config: &Config) {
 
 fn set_thresholds(parts: &Parts, config: &Config) {
     parts.member.balancer().set_thresholds(member::thresholds(&config.scaling));
+}
+
+/// How far a turn may go.
+fn set_bounds(parts: &Parts, config: &Config) {
+    let config::Cognition { max_steps: steps, max_tokens_per_turn: tokens, .. } = config.cognition;
+    parts.environment.limits.set_bounds(Bounds { steps, tokens });
+}
+
+/// Calls of models.
+fn set_models(parts: &Parts, config: &Config) {
+    parts.environment.minds.engines().resize(&config.cognition);
+}
+
+/// Calls of tools.
+fn set_tools(parts: &Parts, config: &Config) {
+    parts.toolkit.resize(&config.tools);
+}
+
+/// What is held for how long.
+fn set_policy(parts: &Parts, config: &Config) {
+    parts.environment.cache.set_policy(&config.cache);
 }
 
 /// The pool of a store's readers.

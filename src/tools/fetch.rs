@@ -15,11 +15,11 @@ use async_trait::async_trait;
 use reqwest::{Method, StatusCode, Url, header, redirect};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use tokio::sync::Semaphore;
 
 use super::{address::is_public, built_in::arguments, cut};
 use crate::{
     config::tools::Fetching,
+    scaling::pool::{Limits, Places},
     types::{RawJson, ToolSpec, host},
 };
 
@@ -55,7 +55,7 @@ impl Names for System {
 pub struct Fetch {
     settings: Fetching,
     names: Arc<dyn Names>,
-    at_once: Semaphore,
+    at_once: Arc<Places>,
     most: usize,
 }
 
@@ -77,7 +77,23 @@ impl Fetch {
 
     /// The same, with names looked up by someone else.
     pub fn with_names(settings: Fetching, most: usize, names: Arc<dyn Names>) -> Self {
-        Self { at_once: Semaphore::new(settings.max_concurrent), settings, names, most }
+        Self { at_once: Places::new("tools/http_fetch", Self::limits(&settings)), settings, names, most }
+    }
+
+    /// Waits are judged by how long a fetch may take.
+    fn limits(settings: &Fetching) -> Limits {
+        let wait = Duration::from_secs(settings.seconds);
+        Limits { size: settings.max_concurrent, overflow: 0, wait, ..Limits::default() }
+    }
+
+    /// Fetches at once.
+    pub(super) const fn places(&self) -> &Arc<Places> {
+        &self.at_once
+    }
+
+    /// As many at once as the settings say.
+    pub(super) fn resize(&self, settings: &Fetching) {
+        self.at_once.resize(Self::limits(settings));
     }
 
     pub(super) fn spec(&self) -> ToolSpec {
@@ -118,7 +134,7 @@ impl Fetch {
         }
         let limit = Duration::from_secs(self.settings.seconds);
         let fetch = async {
-            let _permit = self.at_once.acquire().await.map_err(|_| String::from("the node is shutting down"))?;
+            let _place = self.at_once.take().await.map_err(|refused| refused.to_string())?;
             self.follow(asked.url, &method, body, key).await
         };
         tokio::time::timeout(limit, fetch).await.unwrap_or_else(|_| Err(format!("no answer within {limit:?}")))

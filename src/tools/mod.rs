@@ -33,6 +33,7 @@ pub use fetch::{Fetch, Names};
 use self::{mcp::Server, pool::Pool};
 use crate::{
     config::tools::Tools,
+    scaling::pool::Tally,
     store::Episode,
     telemetry::metric,
     types::{Action, InstanceKey, Millis, Profile, ToolResult, ToolSpec},
@@ -133,6 +134,27 @@ impl Registry {
             (name.clone(), Arc::new(Server::new(name.clone(), server.clone(), settings.max_result_kb * 1024)))
         });
         Ok(Self { servers: servers.collect(), settings, pool, fetch, recall })
+    }
+
+    /// What is counted of the calls that leave the node.
+    pub fn pools(&self) -> Vec<Arc<Tally>> {
+        let servers = self.servers.values().map(|server| server.places());
+        [self.pool.places(), self.fetch.places()]
+            .into_iter()
+            .chain(servers)
+            .map(|places| places.tally().clone())
+            .collect()
+    }
+
+    /// As many calls at once, and as many that wait, as these settings say.
+    pub fn resize(&self, settings: &Tools) {
+        self.pool.places().resize(pool::limits(settings));
+        self.fetch.resize(&settings.http);
+        for (name, server) in &self.servers {
+            if let Some(settings) = settings.mcp.get(name) {
+                server.resize(settings);
+            }
+        }
     }
 
     /// What an operator allows a tenant.

@@ -1,24 +1,22 @@
 //! The threads on which calls run that leave the node, and how many run and wait at once.
 
-use std::{
-    sync::atomic::{AtomicUsize, Ordering},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use tokio::{
     runtime::{Builder, Runtime},
-    sync::Semaphore,
     task::AbortHandle,
 };
 
-use crate::{config::tools::Tools, telemetry::metric};
+use crate::{
+    config::tools::Tools,
+    scaling::pool::{Limits, Places, Refused},
+    telemetry::metric,
+};
 
 /// The executors of tools.
 pub(super) struct Pool {
     runtime: Option<Runtime>,
-    permits: Semaphore,
-    waiting: AtomicUsize,
-    most_waiting: usize,
+    places: Arc<Places>,
 }
 
 /// Ends a task when whoever waits for it is gone.
@@ -30,12 +28,14 @@ impl Drop for Leash {
     }
 }
 
-/// One that waits, for as long as it does.
-struct Place<'a>(&'a AtomicUsize);
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
+/// Waits are judged by how long a call may take.
+pub(super) fn limits(settings: &Tools) -> Limits {
+    Limits {
+        size: settings.max_concurrent,
+        overflow: 0,
+        wait: Duration::from_secs(settings.call_seconds),
+        recycle: Duration::MAX,
+        waiting: settings.max_waiting,
     }
 }
 
@@ -46,12 +46,12 @@ impl Pool {
             .thread_name("sophont-tools")
             .enable_all()
             .build()?;
-        Ok(Self {
-            runtime: Some(runtime),
-            permits: Semaphore::new(settings.max_concurrent),
-            waiting: AtomicUsize::new(0),
-            most_waiting: settings.max_waiting,
-        })
+        Ok(Self { runtime: Some(runtime), places: Places::new("tools", limits(settings)) })
+    }
+
+    /// How many run and wait at once.
+    pub(super) const fn places(&self) -> &Arc<Places> {
+        &self.places
     }
 
     /// Runs a call, waiting for a place included, within its deadline. Dropping the future ends the call.
@@ -69,17 +69,11 @@ impl Pool {
         call: impl Future<Output = Result<T, String>> + Send + 'static,
     ) -> Result<T, String> {
         let ended = || String::from("the node is shutting down");
-        let permit = match self.permits.try_acquire() {
-            Ok(permit) => permit,
-            Err(_) => {
-                if self.waiting.fetch_add(1, Ordering::AcqRel) >= self.most_waiting {
-                    self.waiting.fetch_sub(1, Ordering::AcqRel);
-                    return Err(String::from("too many tool calls wait; try again later"));
-                }
-                let _place = Place(&self.waiting);
-                self.permits.acquire().await.map_err(|_| ended())?
-            }
-        };
+        let place = self.places.take().await.map_err(|refused| match refused {
+            Refused::Full => String::from("too many tool calls wait; try again later"),
+            Refused::Late => String::from("no tool call ended in time; try again later"),
+            Refused::Closed => ended(),
+        })?;
         let Some(runtime) = &self.runtime else { return Err(ended()) };
         let running = metrics::gauge!(metric::TOOL_RUNNING);
         running.increment(1.0);
@@ -87,7 +81,7 @@ impl Pool {
         let leash = Leash(task.abort_handle());
         let end = task.await;
         running.decrement(1.0);
-        drop((leash, permit));
+        drop((leash, place));
         end.unwrap_or_else(|error| Err(if error.is_panic() { String::from("the tool crashed") } else { ended() }))
     }
 }
@@ -103,8 +97,6 @@ impl Drop for Pool {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::config::Config;
 

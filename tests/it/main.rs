@@ -40,6 +40,7 @@ mod presets;
 mod roaming;
 mod row_security;
 mod settings;
+mod settings_sizes;
 mod steps;
 mod store_contract;
 mod store_model;

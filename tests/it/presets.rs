@@ -88,7 +88,7 @@ async fn a_preset_is_the_lowest_layer_above_the_defaults() {
     let printed = String::from_utf8(printed.stdout).unwrap();
     let line = |key: &str| printed.lines().find(|line| line.starts_with(key)).unwrap().to_owned();
     assert!(line("cache_l1_size_mb = 5").ends_with("own.toml:2:1"), "{printed}");
-    assert!(line("max_consciousness_instances = 20000").ends_with("# preset 2-10"), "{printed}");
+    assert!(line("max_consciousness_instances = 20000").ends_with("# live, preset 2-10"), "{printed}");
     assert!(line("strategy").ends_with("# default"), "{printed}");
     let unknown = node::run(&["serve", "--preset", "3"]).await;
     let told = String::from_utf8(unknown.stderr).unwrap();

@@ -11,12 +11,12 @@ use crate::support::{
 };
 
 /// A node with this configuration.
-async fn node(config: &str) -> Node {
+pub(crate) async fn node(config: &str) -> Node {
     Node::builder().about(About::Process).config(config).start().await
 }
 
 /// Puts another file in place of the node's, in one step, as editors and orchestrators do.
-fn edit(node: &Node, config: &str) {
+pub(crate) fn edit(node: &Node, config: &str) {
     let new = node.home().join("new.toml");
     fs::write(&new, config).unwrap();
     fs::rename(new, node.home().join("sophont.toml")).unwrap();
@@ -27,11 +27,11 @@ fn told(node: &Node, text: &str) -> usize {
     node.log().matches(text).count()
 }
 
-async fn until_told(node: &Node, text: &str) {
+pub(crate) async fn until_told(node: &Node, text: &str) {
     wait_until(&format!("the log says: {text}"), PATIENCE, async || told(node, text) > 0).await;
 }
 
-async fn in_force(http: &Http, key: &str) -> f64 {
+pub(crate) async fn in_force(http: &Http, key: &str) -> f64 {
     metric(http, &format!("{}{{key=\"{key}\"}}", name::CONFIG_VALUE)).await
 }
 
@@ -247,7 +247,7 @@ async fn as_many_connections_read_a_database_as_the_file_says_and_what_is_slow_o
 }
 
 #[tokio::test]
-async fn a_node_is_full_beyond_its_thresholds_and_refuses_what_can_wait() {
+async fn a_node_is_full_beyond_its_thresholds_and_alone_it_takes_what_can_wait_all_the_same() {
     for (key, claim, metric_of_all) in [("cpu", "busy_permille = 900", 2.0), ("memory", "memory_permille = 900", 2.0)] {
         let config = |percent: u32| {
             format!(
@@ -269,10 +269,8 @@ async fn a_node_is_full_beyond_its_thresholds_and_refuses_what_can_wait() {
         let detail = load().await;
         let setting = format!("scaling.auto_scaling_threshold_{key}");
         assert!(detail.as_str().unwrap().contains(&setting), "readiness tells, and the node serves: {detail}");
-        let refused = background("s2").await;
-        refused.problem(503, "OVERLOADED");
-        assert_eq!(refused.header("retry-after"), "1");
-        assert_eq!(metric(&http, name::SCALING_REFUSED).await, 1.0);
+        background("s2").await.expect(200);
+        assert_eq!(metric(&http, name::SCALING_REFUSED).await, 0.0, "there is no other node to wait for");
         http.say("lamp", "s3", "a person").await.expect(200);
         wait_until("another node is wanted", PATIENCE, async || {
             metric(&http, name::SCALING_DESIRED).await == metric_of_all
@@ -286,9 +284,10 @@ async fn a_node_is_full_beyond_its_thresholds_and_refuses_what_can_wait() {
     }
 }
 
-/// Of two nodes the one whose memory is full gives shards away, by what it says in its reports.
+/// Of two nodes the one whose memory is full gives shards away, by what it says in its reports, and refuses what can wait for
+/// the other one.
 #[tokio::test]
-async fn a_full_node_gives_shards_away() {
+async fn a_full_node_gives_shards_away_and_refuses_what_can_wait() {
     let cluster = Cluster::build_uneven(2, true, |number, builder| {
         let builder =
             builder.arg("--set").arg("scaling.full_after_seconds=1").arg("--set").arg("scaling.load_seconds=1");
@@ -301,6 +300,21 @@ async fn a_full_node_gives_shards_away() {
             rows.iter().find(|row| row["name"] == name).and_then(|row| row[key].as_u64()).unwrap_or_default()
         };
         of("n0", "weight") < 80 && of("n0", "shards") + 4 <= of("n1", "shards") && of("n0", "shards") > 0
+    })
+    .await;
+    let http = cluster.client(0);
+    let background = json!({"content": "hello", "priority": "background"});
+    let mut number = 0;
+    wait_until("an instance of the full node takes no background work", PATIENCE, async || {
+        number += 1;
+        let answer = http.post(&format!("/v1/instances/b{number}/stimuli"), &background).await;
+        if answer.status == 503 {
+            answer.problem(503, "OVERLOADED");
+            assert_eq!(answer.header("retry-after"), "1");
+            assert!(metric(&http, name::SCALING_REFUSED).await >= 1.0);
+            http.say(&format!("b{number}"), "s", "a person").await.expect(200);
+        }
+        answer.status == 503
     })
     .await;
 }

@@ -48,6 +48,7 @@ use super::{
 };
 use crate::{
     config,
+    scaling::pool::{Limits, Tally},
     telemetry::metric,
     types::{Chat, Message, Profile, RawJson, Reply, chat::LeftCalls, step::Answered},
 };
@@ -102,7 +103,10 @@ impl Llm {
         let providers = config
             .providers
             .iter()
-            .map(|(name, provider)| Ok((name.clone(), Provider::new(name, provider, http.clone())?)))
+            .map(|(name, provider)| {
+                let pool = Pool::new(Arc::from(name.as_str()), limits(provider, config));
+                Ok((name.clone(), Provider::new(name, provider, http.clone(), pool)?))
+            })
             .collect::<Result<BTreeMap<_, _>, Error>>()?;
         let default = match config.default_provider.as_str() {
             "" if providers.len() == 1 => providers.keys().next().cloned(),
@@ -127,6 +131,20 @@ impl Llm {
             return Err(Error::Settings(format!("provider '{name}' has no model of its own, name one: {name}/MODEL")));
         }
         Ok((provider, model))
+    }
+
+    /// What is counted of the calls of each provider.
+    pub(super) fn pools(&self) -> impl Iterator<Item = Arc<Tally>> {
+        self.providers.values().map(|provider| provider.pool.tally().clone())
+    }
+
+    /// As many calls at once, and as many that wait, as the settings say.
+    pub(super) fn resize(&self, config: &config::Cognition) {
+        for (name, provider) in &self.providers {
+            if let Some(settings) = config.providers.get(name) {
+                provider.pool.resize(limits(settings, config));
+            }
+        }
     }
 
     /// Checks that a profile means a provider and a model.
@@ -223,8 +241,19 @@ fn concluded(question: &Question, course: Course<'_>, last: Option<Answered>) ->
     Thought { actions, ..thought }
 }
 
+/// Waits are judged by how long a thought may take.
+fn limits(provider: &config::Provider, config: &config::Cognition) -> Limits {
+    Limits {
+        size: provider.max_concurrent,
+        overflow: 0,
+        wait: Duration::from_secs(config.think_seconds),
+        recycle: Duration::MAX,
+        waiting: provider.max_waiting,
+    }
+}
+
 impl Provider {
-    fn new(name: &str, config: &config::Provider, http: reqwest::Client) -> Result<Self, Error> {
+    fn new(name: &str, config: &config::Provider, http: reqwest::Client, pool: Pool) -> Result<Self, Error> {
         let wrong = |reason: String| Error::Settings(format!("provider '{name}': {reason}"));
         let url = reqwest::Url::parse(&config.base_url).map_err(|error| wrong(format!("base_url: {error}")))?;
         if !matches!(url.scheme(), "http" | "https") {
@@ -242,7 +271,7 @@ impl Provider {
         let name: Arc<str> = Arc::from(name);
         Ok(Self {
             client: Client::new(http, &config.base_url, key, idle),
-            pool: Pool::new(name.clone(), config.max_concurrent, config.max_waiting),
+            pool,
             breaker: Mutex::new(Breaker::default()),
             strain: Strain::default(),
             model: config.model.clone(),

@@ -1,15 +1,25 @@
 //! How many calls a provider gets at once, how many may wait for it, and who of them is next.
 //!
-//! Invariants: never more calls than places; a place that falls free goes to whoever is next (`fair.rs`); a caller that stops
+//! Its places are counted as those of every pool (`scaling/pool`), under `model/NAME`.
+//!
+//! Invariants: never more calls than places, but for those under way when there came to be fewer; a place that falls free goes to whoever is next (`fair.rs`); a caller that stops
 //! waiting leaves no trace; never more who wait than allowed: one more takes the place of the newest of whoever waits most.
 //! Tests: at the foot.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use tokio::sync::oneshot;
 
 use super::fair::{Fair, Ticket};
-use crate::{cognition::Error, telemetry::metric, types::InstanceKey};
+use crate::{
+    cognition::Error,
+    scaling::pool::{Limits, Refused, Tally},
+    telemetry::metric,
+    types::InstanceKey,
+};
 
 /// The places of one provider. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -18,7 +28,7 @@ pub(super) struct Pool(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     provider: Arc<str>,
-    max_waiting: usize,
+    tally: Arc<Tally>,
     waiting: metrics::Gauge,
     state: Mutex<State>,
 }
@@ -26,6 +36,8 @@ struct Inner {
 #[derive(Debug)]
 struct State {
     free: usize,
+    /// Places to be withdrawn as soon as they come back.
+    surplus: usize,
     queue: Fair<oneshot::Sender<Place>>,
 }
 
@@ -36,6 +48,7 @@ pub(super) struct Place(Option<Pool>);
 impl Drop for Place {
     fn drop(&mut self) {
         if let Some(pool) = self.0.take() {
+            pool.0.tally.back();
             pool.pass_on();
         }
     }
@@ -60,10 +73,43 @@ impl Drop for Waiter<'_> {
 
 impl Pool {
     /// So many places, so many who wait.
-    pub(super) fn new(provider: Arc<str>, places: usize, max_waiting: usize) -> Self {
+    pub(super) fn new(provider: Arc<str>, limits: Limits) -> Self {
         let waiting = metrics::gauge!(metric::MODEL_QUEUE, "provider" => provider.to_string());
-        let state = Mutex::new(State { free: places.max(1), queue: Fair::default() });
-        Self(Arc::new(Inner { provider, max_waiting, waiting, state }))
+        let tally = Tally::new(&format!("model/{provider}"), limits);
+        let state = Mutex::new(State { free: limits.most(), surplus: 0, queue: Fair::default() });
+        Self(Arc::new(Inner { provider, tally, waiting, state }))
+    }
+
+    /// What is counted of it.
+    pub(super) fn tally(&self) -> &Arc<Tally> {
+        &self.0.tally
+    }
+
+    /// From here on these limits hold. Places that are out beyond them are withdrawn when they come back, those who wait
+    /// beyond them wait on.
+    pub(super) fn resize(&self, limits: Limits) {
+        let mut more = {
+            let mut state = self.lock();
+            let (before, after) = (self.0.tally.limits().most(), limits.most());
+            let more = after.saturating_sub(before);
+            let kept = more.min(state.surplus);
+            state.surplus -= kept;
+            let less = before.saturating_sub(after);
+            let idle = less.min(state.free);
+            state.free -= idle;
+            state.surplus += less - idle;
+            self.0.tally.set_limits(limits);
+            more - kept
+        };
+        while more > 0 {
+            self.clone().pass_on();
+            more -= 1;
+        }
+    }
+
+    fn give(&self) -> Place {
+        self.0.tally.taken();
+        Place(Some(self.clone()))
     }
 
     /// A place for a call of about so many tokens. Waits without a deadline of its own. Cancel safe.
@@ -71,17 +117,22 @@ impl Pool {
     /// # Errors
     /// [`Error::Overloaded`] when too many wait: at once, or later when others have a better right to wait.
     pub(super) async fn place(&self, key: &InstanceKey, tokens: u64) -> Result<Place, Error> {
-        let overloaded = || Error::Overloaded(self.0.provider.to_string());
+        let overloaded = || {
+            self.0.tally.refused(Refused::Full);
+            Error::Overloaded(self.0.provider.to_string())
+        };
+        let max_waiting = self.0.tally.limits().waiting;
         let (sender, receiver) = oneshot::channel();
         let (ticket, displaced) = {
             let mut state = self.lock();
             if state.free > 0 && state.queue.len() == 0 {
                 state.free -= 1;
                 state.queue.charge(key, tokens);
-                return Ok(Place(Some(self.clone())));
+                self.0.tally.waited(Duration::ZERO);
+                return Ok(self.give());
             }
             let mut displaced = None;
-            if state.queue.len() >= self.0.max_waiting {
+            if state.queue.len() >= max_waiting {
                 displaced = Some(state.queue.make_room(key).ok_or_else(overloaded)?);
             }
             let ticket = state.queue.put(key, tokens, sender);
@@ -90,16 +141,25 @@ impl Pool {
         };
         // Whoever waits at its other end hears that it waits no longer.
         drop(displaced);
+        let counted = self.0.tally.waits();
         let _waiter = Waiter { pool: self, key, ticket };
-        receiver.await.map_err(|_| overloaded())
+        let place = receiver.await;
+        let waited = counted.end();
+        let place = place.map_err(|_| overloaded())?;
+        self.0.tally.waited(waited);
+        Ok(place)
     }
 
     /// A place fell free: it goes to whoever is next and still there.
     fn pass_on(self) {
-        let mut place = Place(Some(self.clone()));
+        let mut place = None;
         loop {
             let next = {
                 let mut state = self.lock();
+                if state.surplus > 0 {
+                    state.surplus -= 1;
+                    return self.keep(place);
+                }
                 let next = state.queue.next();
                 if next.is_none() {
                     state.free += 1;
@@ -107,14 +167,19 @@ impl Pool {
                 self.0.waiting.set(state.queue.len() as f64);
                 next
             };
-            let Some(next) = next else {
-                place.0 = None;
-                return;
-            };
-            match next.send(place) {
+            let Some(next) = next else { return self.keep(place) };
+            match next.send(place.take().unwrap_or_else(|| self.give())) {
                 Ok(()) => return,
-                Err(unheard) => place = unheard,
+                Err(unheard) => place = Some(unheard),
             }
+        }
+    }
+
+    /// A place nobody took is free or withdrawn, and passed on no more.
+    fn keep(&self, place: Option<Place>) {
+        if let Some(mut place) = place {
+            place.0 = None;
+            self.0.tally.back();
         }
     }
 
@@ -135,8 +200,12 @@ mod tests {
         InstanceKey::new(TenantId::new(tenant).unwrap(), InstanceId::new(instance).unwrap())
     }
 
+    fn limits(size: usize, waiting: usize) -> Limits {
+        Limits { size, overflow: 0, waiting, ..Limits::default() }
+    }
+
     fn pool(places: usize, max_waiting: usize) -> Pool {
-        Pool::new(Arc::from("p"), places, max_waiting)
+        Pool::new(Arc::from("p"), limits(places, max_waiting))
     }
 
     #[tokio::test]
@@ -157,6 +226,7 @@ mod tests {
         drop(third.now_or_never().unwrap().unwrap());
         let state = pool.lock();
         assert_eq!((state.free, state.queue.len()), (1, 0));
+        assert_eq!((pool.tally().in_use(), pool.tally().waiting()), (0, 0));
     }
 
     #[tokio::test]
@@ -171,6 +241,28 @@ mod tests {
         let place = stays.now_or_never().unwrap().unwrap();
         drop(place);
         assert_eq!(pool.lock().free, 1);
+    }
+
+    #[tokio::test]
+    async fn there_are_as_many_places_as_was_said_last() {
+        let (pool, a) = (pool(1, 9), key("t", "a"));
+        let first = pool.place(&a, 1).await.unwrap();
+        let mut waiting: Vec<_> = (0..3).map(|_| Box::pin(pool.place(&a, 1))).collect();
+        for one in &mut waiting {
+            assert!(poll!(one).is_pending());
+        }
+        pool.resize(limits(3, 9));
+        let second = waiting.remove(0).now_or_never().unwrap().unwrap();
+        let third = waiting.remove(0).now_or_never().unwrap().unwrap();
+        assert!(poll!(&mut waiting[0]).is_pending());
+        pool.resize(limits(1, 9));
+        drop((first, second));
+        assert!(poll!(&mut waiting[0]).is_pending(), "two were too many");
+        drop(third);
+        drop(waiting.remove(0).now_or_never().unwrap().unwrap());
+        pool.resize(limits(2, 9));
+        let state = pool.lock();
+        assert_eq!((state.free, state.surplus, pool.tally().in_use()), (2, 0, 0));
     }
 
     #[tokio::test]

@@ -35,7 +35,7 @@ impl Handler<Deliver> for InstanceActor {
         if waiter.is_behind_a_refusal() {
             return waiter.tell(Err(Error::Overloaded(BEHIND)));
         }
-        let can_wait = stimulus.priority == Priority::Background && self.environment.limits.is_full();
+        let can_wait = stimulus.priority == Priority::Background && self.environment.limits.turns_away();
         let agenda = self.agenda();
         if stimulus.repeatable {
             let in_hand = agenda.thinking.as_mut().and_then(|t| t.in_hand_mut().find(|w| w.stimulus.id == stimulus.id));
@@ -57,7 +57,9 @@ impl Handler<Deliver> for InstanceActor {
         // What can wait waits for a node with room.
         if can_wait {
             self.environment.metrics.refused.increment(1);
-            return waiter.tell(Err(Error::Overloaded("the node is full and takes no work of the background class")));
+            return waiter.tell(Err(Error::Overloaded(
+                "the node is full and another one has room: it takes no work of the background class",
+            )));
         }
         agenda.inbox.push(Waiting::arrived(stimulus, expected, waiter));
         self.ensure_active(ctx);

@@ -208,7 +208,7 @@ async fn ask(
 
 /// How far a turn may go: as far as the node lets it, or less.
 fn bounds(environment: &Environment, limits: &Limits) -> Bounds {
-    let Bounds { steps, tokens } = environment.bounds;
+    let Bounds { steps, tokens } = environment.limits.bounds();
     Bounds {
         steps: limits.max_steps.map_or(steps, |own| own.min(steps)),
         tokens: limits.max_tokens_per_turn.map_or(tokens, |own| own.min(tokens)),

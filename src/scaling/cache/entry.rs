@@ -4,7 +4,10 @@
 //! reads as nothing; the first 16 bytes are the version in hexadecimal, so that a server can compare two without reading them.
 //! Tests: at the foot.
 
-use std::{any::Any, sync::Arc};
+use std::{
+    any::Any,
+    sync::{Arc, RwLock},
+};
 
 use super::slot::{Slot, Value};
 use crate::types::Millis;
@@ -12,12 +15,27 @@ use crate::types::Millis;
 /// What an entry takes beside its key's text and its value: the tables of the cache, the entry itself and the allocator's
 /// headers. Measured with `sophont load --scenario cache-memory`.
 pub const OVERHEAD: usize = 608;
+/// What counts the handles of a value, before it.
+const COUNTS: usize = 16;
 /// The form of what is written.
 const FORM: u8 = 1;
 /// Values below this size are not worth compressing.
 const SMALL: usize = 128;
 /// Largest value that is written down, before compression.
 pub const MOST_BYTES: usize = 4 * 1024 * 1024;
+
+/// What an allocator takes for so many bytes: four sizes between two powers of two, and multiples of 16 at least. An eighth
+/// more than what was asked for, on average, at the most a quarter.
+pub const fn granted(bytes: usize) -> usize {
+    const LEAST: usize = 16;
+    if bytes <= 8 * LEAST {
+        return bytes.next_multiple_of(LEAST);
+    }
+    match bytes.checked_next_power_of_two() {
+        Some(above) => bytes.next_multiple_of(above / 8),
+        None => bytes,
+    }
+}
 
 /// Under which right and at which point of history a state was the newest: while nothing was committed since, it still is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -78,8 +96,8 @@ impl Entry {
         made: Millis,
         until: (Millis, Millis),
     ) -> Self {
-        let bytes = value.as_ref().map_or(0, |value| value.weight() + size_of::<V>());
-        let weight = u32::try_from(bytes + slot.id.len() + OVERHEAD).unwrap_or(u32::MAX);
+        let bytes = value.as_ref().map_or(0, |value| granted(value.weight()) + granted(size_of::<V>() + COUNTS));
+        let weight = u32::try_from(bytes + granted(slot.id.len() + COUNTS) + OVERHEAD).unwrap_or(u32::MAX);
         let value = value.map(|value| value as Arc<dyn Any + Send + Sync>);
         let write = |entry: &Entry| entry.value::<V>()?.and_then(|value| value.encode());
         Self { version, made, fresh: until.0, usable: until.1, seal: Seal::NONE, below: false, weight, value, write }
@@ -145,6 +163,46 @@ impl Entry {
         bytes.extend(sum(&bytes, &body));
         bytes.extend(body);
         Some(bytes)
+    }
+}
+
+/// An entry as the first tier's table has it. What leaves a table that is read without locks is freed some time later, many
+/// of them at once; so the value can be taken out, and only the rest waits for that.
+#[derive(Clone)]
+pub struct Kept {
+    /// Without its value.
+    entry: Entry,
+    /// None: there is nothing under this key.
+    value: Option<Arc<Cell>>,
+}
+
+/// Holds a value until it is taken out. Only whoever takes it out locks others out, and they take that for a miss.
+type Cell = RwLock<Option<Arc<dyn Any + Send + Sync>>>;
+
+impl Kept {
+    /// Of an entry.
+    pub fn new(mut entry: Entry) -> Self {
+        let value = entry.value.take().map(|value| Arc::new(RwLock::new(Some(value))));
+        Self { entry, value }
+    }
+
+    /// The entry; none when its value was taken out.
+    pub fn entry(&self) -> Option<Entry> {
+        let Some(cell) = &self.value else { return Some(self.entry.clone()) };
+        let value = cell.try_read().ok()?.clone()?;
+        Some(Entry { value: Some(value), ..self.entry.clone() })
+    }
+
+    /// Bytes it is weighed with.
+    pub const fn weight(&self) -> u32 {
+        self.entry.weight
+    }
+
+    /// Takes the value out for good; none when it was before.
+    pub fn take(&self) -> Option<Entry> {
+        let Some(cell) = &self.value else { return Some(self.entry.clone()) };
+        let value = cell.write().unwrap_or_else(std::sync::PoisonError::into_inner).take()?;
+        Some(Entry { value: Some(value), ..self.entry.clone() })
     }
 }
 
@@ -275,6 +333,32 @@ mod tests {
             damaged[at] ^= 0x10;
             assert_eq!(Frozen::read(&damaged), None, "byte {at}");
             assert_eq!(Frozen::read(&bytes[..at]), None, "cut at {at}");
+        }
+    }
+
+    #[test]
+    fn a_value_that_was_taken_out_is_freed_and_no_negative_entry() {
+        let text = Arc::new(String::from("text"));
+        let entry = Entry::new(&slot(), 5, Some(text.clone()), Millis(1), (Millis(2), Millis(3)));
+        let (kept, weight) = (Kept::new(entry.clone()), entry.weight);
+        drop(entry);
+        assert_eq!(kept.entry().and_then(|entry| entry.value::<String>()), Some(Some(text.clone())));
+        let (table, taken) = (kept.clone(), kept.take());
+        assert_eq!(taken.and_then(Entry::into_value::<String>), Some(text.clone()));
+        assert_eq!(Arc::strong_count(&text), 1, "whatever the table still keeps");
+        assert!(table.entry().is_none() && table.take().is_none() && table.weight() == weight);
+        let nothing = Kept::new(Entry::new::<String>(&slot(), 5, None, Millis(1), (Millis(2), Millis(3))));
+        assert!(nothing.entry().is_some_and(|entry| entry.is_negative()) && nothing.take().is_some());
+    }
+
+    #[test]
+    fn what_an_allocator_takes_is_at_least_what_was_asked_for() {
+        for (asked, taken) in [(0, 0), (1, 16), (128, 128), (129, 160), (257, 320), (4096, 4096), (4097, 5120)] {
+            assert_eq!(granted(asked), taken, "{asked}");
+        }
+        for asked in (1..100_000).chain([usize::MAX]) {
+            let taken = granted(asked);
+            assert!(taken >= asked && taken <= asked.saturating_add((asked / 4).max(15)), "{asked}: {taken}");
         }
     }
 

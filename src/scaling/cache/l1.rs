@@ -2,7 +2,8 @@
 //! mailbox.
 //!
 //! Not here: what is served (`states`, the facade), what is loaded (`flight`). Invariants: an entry never replaces one of a newer
-//! version; the tier is at most a few percent above its size, whatever is put in. Tests: at the foot; `tests/it/cache.rs`.
+//! version; the tier is at most a few percent above its size, whatever is put in; the value of what leaves is freed at once, also
+//! while the table keeps the rest. Tests: at the foot; `tests/it/cache.rs`, `tests/it/load.rs`.
 
 use std::sync::{
     Arc, OnceLock,
@@ -17,13 +18,13 @@ use moka::{
 };
 
 use super::{
-    entry::Entry,
+    entry::{Entry, Kept},
     figures::Figures,
     slot::{Slot, StateOf},
 };
 use crate::types::InstanceKey;
 
-type Held = Cache<Slot, Entry, ahash::RandomState>;
+type Held = Cache<Slot, Kept, ahash::RandomState>;
 /// Takes what had to leave for lack of room. Must not block.
 pub(super) type Leaves = Box<dyn Fn(&Slot, &Entry) + Send + Sync>;
 
@@ -62,12 +63,12 @@ impl L1 {
 
     /// What is held.
     pub fn get(&self, slot: &Slot) -> Option<Entry> {
-        self.0.held.load().get(slot)
+        self.0.held.load().get(slot)?.entry()
     }
 
     /// What is held of an instance's state.
     pub fn state(&self, key: &InstanceKey) -> Option<Entry> {
-        self.0.held.load().get(&StateOf(key))
+        self.0.held.load().get(&StateOf(key))?.entry()
     }
 
     /// Whether something is held of an instance's state.
@@ -89,17 +90,20 @@ impl L1 {
         let held = self.0.held.load();
         let size = self.0.size.load(Ordering::Relaxed);
         let result = held.entry_by_ref(slot).and_compute_with(|held| {
-            let held = held.map(moka::Entry::into_value);
+            // What leaves at this moment does not stand here: whoever takes it out has the key to himself, too.
+            let held = held.and_then(|held| held.into_value().entry());
             match change(held.as_ref()) {
                 Op::Put(entry) if u64::from(entry.weight) > size / SHARE => match held {
                     Some(_) => Op::Remove,
                     None => Op::Nop,
                 },
-                op => op,
+                Op::Put(entry) => Op::Put(Kept::new(entry)),
+                Op::Remove => Op::Remove,
+                Op::Nop => Op::Nop,
             }
         });
         let (CompResult::Inserted(entry) | CompResult::ReplacedWith(entry)) = result else { return false };
-        let weight = u64::from(entry.value().weight);
+        let weight = u64::from(entry.value().weight());
         if self.0.put.fetch_add(weight, Ordering::Relaxed) + weight > size / LATE {
             self.0.put.store(0, Ordering::Relaxed);
             held.run_pending_tasks();
@@ -117,7 +121,8 @@ impl L1 {
         self.0.size.store(bytes, Ordering::Relaxed);
         self.0.put.store(0, Ordering::Relaxed);
         let old = self.0.held.swap(Arc::new(build(bytes, &self.0.leaves, &self.0.figures)));
-        // Whoever looks something up at this moment lets go of it in a moment; until then it holds nothing.
+        // Whoever looks something up at this moment lets go of the table in a moment; until then it holds nothing.
+        old.iter().for_each(|(_, kept)| drop(kept.take()));
         old.invalidate_all();
         old.run_pending_tasks();
         self.0.figures.limit(0, bytes);
@@ -145,11 +150,12 @@ fn build(bytes: u64, leaves: &Arc<OnceLock<Leaves>>, figures: &Arc<Figures>) -> 
     let (leaves, figures) = (leaves.clone(), figures.clone());
     Cache::builder()
         .max_capacity(bytes)
-        .weigher(|_, entry: &Entry| entry.weight)
-        .eviction_listener(move |slot: Arc<Slot>, entry: Entry, cause| {
+        .weigher(|_, kept: &Kept| kept.weight())
+        .eviction_listener(move |slot: Arc<Slot>, kept: Kept, cause| {
+            let entry = kept.take();
             if cause == RemovalCause::Size {
                 figures.evicted(0, slot.kind, 1);
-                if let Some(leaves) = leaves.get() {
+                if let (Some(leaves), Some(entry)) = (leaves.get(), entry) {
                     leaves(&slot, &entry);
                 }
             }
@@ -207,6 +213,27 @@ mod tests {
         assert_eq!(l1.measure(), (0, 0));
         assert!(!l1.put(&slot(1), entry(&slot(1), 0, 1 << 20)), "it would drive out everything else");
         assert!(l1.put(&slot(1), entry(&slot(1), 0, 1 << 10)));
+    }
+
+    #[test]
+    fn the_value_of_what_leaves_is_freed_at_once() {
+        let (l1, value) = (l1(1 << 20), Arc::new(String::from("value")));
+        let of = |version| Entry::new(&slot(1), version, Some(value.clone()), Millis(0), (Millis(1), Millis(1)));
+        let held = |l1: &L1| {
+            l1.measure();
+            Arc::strong_count(&value) - 1
+        };
+        l1.put(&slot(1), of(1));
+        l1.put(&slot(1), of(2));
+        assert_eq!(held(&l1), 1, "replaced");
+        l1.remove(&slot(1));
+        assert_eq!(held(&l1), 0, "removed");
+        l1.put(&slot(1), of(1));
+        l1.resize(1 << 19);
+        assert_eq!(held(&l1), 0, "resized");
+        (0..2000).for_each(|n| assert!(l1.put(&slot(n), of(1))));
+        let (entries, _) = l1.measure();
+        assert!(entries < 2000 && held(&l1) as u64 == entries, "{} for {entries} entries", held(&l1));
     }
 
     #[test]

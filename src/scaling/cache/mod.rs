@@ -18,6 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use arc_swap::ArcSwap;
 use moka::ops::compute::Op;
 
 use crate::{
@@ -120,7 +121,7 @@ struct Inner {
     l3: Option<(PathBuf, u64)>,
     /// Whether the second and the third tier hold anything at all.
     on: [AtomicBool; 2],
-    policies: Policies,
+    policies: ArcSwap<Policies>,
     stripes: Stripes,
     crew: Crew,
     /// This life of the process.
@@ -178,7 +179,7 @@ impl TieredCache {
             l2,
             on: [AtomicBool::new(sizes.l2 > 0), AtomicBool::new(sizes.l3 > 0 && folder.is_some())],
             l3: folder.map(|folder| (folder, sizes.l3)),
-            policies: Policies::of(&policy),
+            policies: ArcSwap::from_pointee(Policies::of(&policy)),
             stripes: Stripes::default(),
             crew: Crew::default(),
             life,
@@ -223,6 +224,11 @@ impl TieredCache {
         }
     }
 
+    /// What is held from here on is held for so long; what is held keeps its time.
+    pub fn set_policy(&self, policy: &config::Cache) {
+        self.0.policies.store(Arc::new(Policies::of(policy)));
+    }
+
     /// What is under a key: from a tier, or loaded, by one for all who want it at the time, on this node and as far as possible
     /// in the cluster. `None` is remembered, too, for a short time.
     ///
@@ -240,7 +246,7 @@ impl TieredCache {
         L: FnOnce() -> F + Send + 'static,
         F: Future<Output = Result<Option<V>, E>> + Send + 'static,
     {
-        if self.0.policies.of_kind(slot.kind).ttl.is_zero() {
+        if self.0.policies.load().of_kind(slot.kind).ttl.is_zero() {
             return Ok(load().await?.map(Arc::new));
         }
         match self.look::<V>(slot, version) {
@@ -285,7 +291,7 @@ impl TieredCache {
     /// Holds a value that was made otherwise, in all tiers of its type; a newer one that is held stays.
     pub fn put<V: Value>(&self, slot: &Slot, version: u64, value: V) {
         let entry = self.entry(slot, version, Some(value));
-        if !self.0.policies.of_kind(slot.kind).ttl.is_zero() && self.0.l1.put(slot, entry.clone()) {
+        if !self.0.policies.load().of_kind(slot.kind).ttl.is_zero() && self.0.l1.put(slot, entry.clone()) {
             self.write(slot, &entry, None);
         }
     }
@@ -295,7 +301,7 @@ impl TieredCache {
     pub fn invalidate(&self, slot: &Slot) {
         self.0.stripes.of(slot.stable_hash()).change();
         self.0.l1.remove(slot);
-        let policy = self.0.policies.of_kind(slot.kind);
+        let policy = *self.0.policies.load().of_kind(slot.kind);
         self.0.crew.remove(slot, policy.l2, policy.l3);
     }
 
@@ -349,7 +355,7 @@ impl TieredCache {
     fn until(&self, kind: Kind, found: bool, now: Millis) -> (Millis, Millis) {
         // Any spread will do: it is not a secret.
         let dice = self.0.dice.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed) >> 17;
-        self.0.policies.until(kind, found, now, dice)
+        self.0.policies.load().until(kind, found, now, dice)
     }
 
     /// Seconds of this life, from 1.
@@ -510,7 +516,7 @@ impl TieredCache {
 
     /// Whether the second and the third tier hold a type at present.
     fn goes_below(&self, kind: Kind) -> (bool, bool) {
-        let (policy, [l2, l3]) = (self.0.policies.of_kind(kind), &self.0.on);
+        let (policy, [l2, l3]) = (*self.0.policies.load().of_kind(kind), &self.0.on);
         (policy.l2 && l2.load(Ordering::Relaxed), policy.l3 && l3.load(Ordering::Relaxed))
     }
 }

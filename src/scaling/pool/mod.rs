@@ -1,25 +1,23 @@
 //! Pools: how many may use something at once, how long the others wait, and what is seen of it. One vocabulary for all of them:
 //! connections to PostgreSQL, readers of SQLite, calls of models and tools.
 //!
-//! Owns: [`Limits`] (size, overflow, wait, recycle age), places and those who wait for them ([`Places`]). Not here: what stands
+//! Owns: [`Limits`] (size, overflow, wait, recycle age), places given in the order of asking ([`Places`]), what is counted of every
+//! pool ([`Tally`]), also of those that give their places in another order (models: fair between tenants). Not here: what stands
 //! behind a place (a connection, a thread, a permit), the pure judging of waits ([`pressure`]).
 //! Invariants: places are given in the order of asking; a caller that stops waiting leaves no trace; never more than size and
 //! overflow are out, but for those that were when the pool was made smaller. Tests: at the foot; `tests/it/settings.rs`.
 
 pub mod pressure;
+mod tally;
 
 use std::{
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
-    time::{Duration, Instant},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use self::pressure::{Pressure, Seen};
-use crate::telemetry::metric;
+pub use tally::{Tally, Waiter};
 
 /// How large a pool is, and how patient.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,49 +74,10 @@ pub enum Refused {
 /// The places of one pool.
 #[derive(Debug)]
 pub struct Places {
-    name: Arc<str>,
     free: Arc<Semaphore>,
-    state: Mutex<State>,
-    in_use: AtomicUsize,
-    waiting: AtomicUsize,
-    seen: Seen,
-    figures: Figures,
-}
-
-#[derive(Debug)]
-struct State {
-    limits: Limits,
     /// Places to be withdrawn as soon as they come back.
-    surplus: usize,
-    pressure: Pressure,
-}
-
-/// Handles of what is counted.
-#[derive(Debug)]
-struct Figures {
-    size: metrics::Gauge,
-    in_use: metrics::Gauge,
-    waiting: metrics::Gauge,
-    seconds: metrics::Histogram,
-    saturated: metrics::Gauge,
-    full: metrics::Counter,
-    late: metrics::Counter,
-}
-
-impl Figures {
-    fn of(pool: &str) -> Self {
-        let pool = String::from(pool);
-        let refused = |reason| metrics::counter!(metric::POOL_REFUSED, "pool" => pool.clone(), "reason" => reason);
-        Self {
-            full: refused("full"),
-            late: refused("late"),
-            size: metrics::gauge!(metric::POOL_SIZE, "pool" => pool.clone()),
-            in_use: metrics::gauge!(metric::POOL_IN_USE, "pool" => pool.clone()),
-            waiting: metrics::gauge!(metric::POOL_WAITING, "pool" => pool.clone()),
-            seconds: metrics::histogram!(metric::POOL_WAIT_SECONDS, "pool" => pool.clone()),
-            saturated: metrics::gauge!(metric::POOL_SATURATED, "pool" => pool),
-        }
-    }
+    surplus: Mutex<usize>,
+    tally: Arc<Tally>,
 }
 
 /// A place, free again when it is dropped.
@@ -130,62 +89,41 @@ pub struct Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let pool = &self.pool;
-        pool.in_use.fetch_sub(1, Ordering::AcqRel);
-        pool.figures.in_use.decrement(1.0);
-        let mut state = pool.state();
-        if state.surplus > 0
+        self.pool.tally.back();
+        let mut surplus = self.pool.surplus();
+        if *surplus > 0
             && let Some(permit) = self.permit.take()
         {
-            state.surplus -= 1;
+            *surplus -= 1;
             permit.forget();
         }
-    }
-}
-
-/// One who waits; counted as long as it exists.
-struct Waiter<'p>(&'p Places);
-
-impl Drop for Waiter<'_> {
-    fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Ordering::AcqRel);
-        self.0.figures.waiting.decrement(1.0);
     }
 }
 
 impl Places {
     /// A pool of this name, from a closed set: it is a label.
     pub fn new(name: &str, limits: Limits) -> Arc<Self> {
-        let figures = Figures::of(name);
-        figures.size.set(count(limits.size));
-        Arc::new(Self {
-            name: Arc::from(name),
-            free: Arc::new(Semaphore::new(limits.most())),
-            state: Mutex::new(State { limits, surplus: 0, pressure: Pressure::default() }),
-            in_use: AtomicUsize::new(0),
-            waiting: AtomicUsize::new(0),
-            seen: Seen::default(),
-            figures,
-        })
+        let free = Arc::new(Semaphore::new(limits.most()));
+        Arc::new(Self { free, surplus: Mutex::new(0), tally: Tally::new(name, limits) })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn surplus(&self) -> MutexGuard<'_, usize> {
+        self.surplus.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Its name.
-    pub fn name(&self) -> &str {
-        &self.name
+    /// What is counted of it.
+    pub const fn tally(&self) -> &Arc<Tally> {
+        &self.tally
     }
 
     /// Its limits.
     pub fn limits(&self) -> Limits {
-        self.state().limits
+        self.tally.limits()
     }
 
     /// Places that are out.
     pub fn in_use(&self) -> usize {
-        self.in_use.load(Ordering::Acquire)
+        self.tally.in_use()
     }
 
     /// A place, after a wait of at most the pool's. Cancel safe.
@@ -196,73 +134,50 @@ impl Places {
         if let Ok(permit) = self.free.clone().try_acquire_owned() {
             return Ok(self.give(permit, Duration::ZERO));
         }
-        let limits = self.limits();
-        if self.waiting.fetch_add(1, Ordering::AcqRel) >= limits.waiting {
-            self.waiting.fetch_sub(1, Ordering::AcqRel);
-            self.seen.refused();
-            self.figures.full.increment(1);
-            return Err(Refused::Full);
+        let (limits, waiter) = (self.limits(), self.tally.waits());
+        if self.tally.waiting() > limits.waiting {
+            waiter.end();
+            return Err(self.refuse(Refused::Full));
         }
-        self.figures.waiting.increment(1.0);
-        let waiter = Waiter(self);
-        let began = Instant::now();
         let permit = tokio::time::timeout(limits.wait, self.free.clone().acquire_owned()).await;
-        drop(waiter);
+        let waited = waiter.end();
         match permit {
-            Ok(Ok(permit)) => Ok(self.give(permit, began.elapsed())),
+            Ok(Ok(permit)) => Ok(self.give(permit, waited)),
             Ok(Err(_)) => Err(Refused::Closed),
-            Err(_) => {
-                self.seen.refused();
-                self.figures.late.increment(1);
-                Err(Refused::Late)
-            }
+            Err(_) => Err(self.refuse(Refused::Late)),
         }
     }
 
+    fn refuse(&self, why: Refused) -> Refused {
+        self.tally.refused(why);
+        why
+    }
+
     fn give(self: &Arc<Self>, permit: OwnedSemaphorePermit, waited: Duration) -> Place {
-        let in_use = self.in_use.fetch_add(1, Ordering::AcqRel) + 1;
-        self.seen.waited(waited, in_use);
-        self.figures.in_use.increment(1.0);
-        self.figures.seconds.record(waited.as_secs_f64());
+        self.tally.taken();
+        self.tally.waited(waited);
         Place { pool: self.clone(), permit: Some(permit) }
     }
 
     /// From here on these limits hold. Places that are out beyond them are withdrawn when they come back.
     pub fn resize(&self, limits: Limits) {
-        let mut state = self.state();
-        let (before, after) = (state.limits.most(), limits.most());
+        let mut surplus = self.surplus();
+        let (before, after) = (self.limits().most(), limits.most());
         if after > before {
             let more = after - before;
-            let kept = more.min(state.surplus);
-            state.surplus -= kept;
+            let kept = more.min(*surplus);
+            *surplus -= kept;
             self.free.add_permits(more - kept);
         } else {
             let less = before - after;
-            state.surplus += less - self.free.forget_permits(less);
+            *surplus += less - self.free.forget_permits(less);
         }
-        state.limits = limits;
-        self.figures.size.set(count(limits.size));
+        self.tally.set_limits(limits);
     }
 
     /// No places from here on; who waits is told.
     pub fn close(&self) {
         self.free.close();
-    }
-
-    /// Judges the last minute; to be called about once a second. What should be logged, at most once a minute.
-    pub fn look(&self, now: Instant) -> Option<String> {
-        let mut state = self.state();
-        let limits = state.limits;
-        let told = state.pressure.look(now, &self.seen, &limits);
-        let saturated = state.pressure.is_saturated();
-        self.figures.saturated.set(f64::from(u8::from(saturated)));
-        told.then(|| format!("{}; in use at present {}", state.pressure.words(&limits), self.in_use()))
-    }
-
-    /// Whether it was too small for what was asked of it in the last minute, in words.
-    pub fn strain(&self) -> Option<String> {
-        let state = self.state();
-        state.pressure.is_saturated().then(|| format!("{}: {}", self.name, state.pressure.words(&state.limits)))
     }
 }
 
@@ -299,7 +214,7 @@ mod tests {
         assert!(poll!(&mut third).is_pending(), "in the order of asking");
         drop(served);
         drop(third.now_or_never().unwrap().unwrap());
-        assert_eq!((pool.in_use(), pool.waiting.load(Ordering::Acquire)), (0, 0));
+        assert_eq!((pool.in_use(), pool.tally().waiting()), (0, 0));
     }
 
     #[tokio::test]

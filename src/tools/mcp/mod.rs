@@ -29,12 +29,12 @@ use rmcp::{
     },
 };
 use serde_json::{Map, Value};
-use tokio::sync::Semaphore;
 
 use self::process::Process;
 use super::{MAX_OFFERED, cut, scope};
 use crate::{
     config::tools::McpServer,
+    scaling::pool::{Limits, Places},
     types::{RawJson, ToolSpec},
 };
 
@@ -62,7 +62,7 @@ pub(super) struct Server {
     name: String,
     settings: McpServer,
     most: usize,
-    at_once: Semaphore,
+    at_once: Arc<Places>,
     starting: tokio::sync::Mutex<()>,
     state: Mutex<State>,
 }
@@ -130,13 +130,28 @@ impl Connection {
 impl Server {
     pub(super) fn new(name: String, settings: McpServer, most: usize) -> Self {
         Self {
+            at_once: Places::new(&format!("tools/{name}"), Self::limits(&settings)),
             name,
-            at_once: Semaphore::new(settings.max_concurrent),
             settings,
             most,
             starting: tokio::sync::Mutex::new(()),
             state: Mutex::new(State::Idle),
         }
+    }
+
+    /// A call has its own limit, which is mostly shorter than this wait.
+    fn limits(settings: &McpServer) -> Limits {
+        Limits { size: settings.max_concurrent, overflow: 0, ..Limits::default() }
+    }
+
+    /// Calls at once.
+    pub(super) const fn places(&self) -> &Arc<Places> {
+        &self.at_once
+    }
+
+    /// As many at once as the settings say.
+    pub(super) fn resize(&self, settings: &McpServer) {
+        self.at_once.resize(Self::limits(settings));
     }
 
     pub(super) fn name(&self) -> &str {
@@ -180,7 +195,7 @@ impl Server {
 
     /// Calls a tool.
     pub(super) async fn call(&self, tool: String, arguments: Map<String, Value>, key: &str) -> Result<String, String> {
-        let _permit = self.at_once.acquire().await.map_err(|_| String::from("the node is shutting down"))?;
+        let _place = self.at_once.take().await.map_err(|refused| refused.to_string())?;
         let connection = self.connection().await?;
         let mut params = CallToolRequestParams::new(tool).with_arguments(arguments);
         let mut meta = MetaObject::default();
