@@ -15,6 +15,7 @@ use std::{
 use sophont::{
     cognition::{Engine, Engines, Progress, Question},
     config,
+    scaling::cache::{Options, TieredCache},
     types::{
         Channel, InstanceId, InstanceKey, Millis, Profile, Source, StateDoc, Stimulus, TenantId, profile::EngineName,
     },
@@ -90,15 +91,15 @@ async fn main() {
         max_tokens: 128,
         context_tokens: 8192,
     };
-    let engines = Engines::new(&config::Cognition {
+    let settings = config::Cognition {
         default_engine: EngineName::Llm,
         default_provider: String::new(),
         think_seconds: 120,
         max_steps: 100,
         max_tokens_per_turn: 1_000_000,
         providers: BTreeMap::from([(String::from("example"), provider)]),
-    })
-    .unwrap();
+    };
+    let engines = Engines::new(&settings, &TieredCache::new(Options::default())).unwrap();
     let engine = engines.get(EngineName::Llm).as_ref();
     answer(engine, &text).await;
     let (_, undisturbed) = answer(engine, &text).await;

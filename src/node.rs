@@ -230,8 +230,13 @@ impl Node {
         store::set_slow_threshold(live::slow(config));
         let (store, ownership, roaming) = open_store(config, &clock, &edge.handle).await?;
         let mut environment = Environment::new(config, store.clone(), clock.clone()).map_err(part)?;
-        let toolkit =
-            Arc::new(Toolkit::new(&config.tools, config.delivery.max_hops, environment.memory.clone()).map_err(part)?);
+        let toolkit = Toolkit::new(
+            &config.tools,
+            config.delivery.max_hops,
+            environment.memory.clone(),
+            environment.cache.clone(),
+        );
+        let toolkit = Arc::new(toolkit.map_err(part)?);
         // Tools on demand, of a test, stand in for the node's.
         environment.toolbox = Faults::toolbox(&config.faults).unwrap_or_else(|| toolkit.clone());
         let count = if config.node.arbiters == 0 { cores } else { config.node.arbiters };

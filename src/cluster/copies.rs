@@ -3,6 +3,9 @@
 //! Owns: asking owners ([`Copies::read`]) in batches, answering other nodes, telling them what changed. Not here: what is held
 //! (`scaling::cache`), who owns what (`Owners`), which reads come one after the other ([`rounds`]).
 //!
+//! Where nothing is held, the second tier is looked at first: what it has is not known to be the newest, either, and the owner then
+//! need not send the state, but only say so.
+//!
 //! Invariants: what is answered to a read was asked for after the read began, so it is never older than what was acknowledged
 //! before; whatever cannot be had from the owner in time is read in the store; nothing is asked of a node that does not know the
 //! question (protocol 3).
@@ -87,8 +90,19 @@ struct Inner {
     serving: Arc<Semaphore>,
 }
 
-/// How a read ended, and whether the owner vouched for the copy.
-type End = (Result<Option<Arc<StateSnapshot>>, Error>, bool);
+/// How a read ended, and what it was answered from.
+type End = (Result<Option<Arc<StateSnapshot>>, Error>, Of);
+
+/// What a read was answered from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Of {
+    /// A copy, and its owner vouched for it.
+    Copy,
+    /// One from the second tier, likewise.
+    Second,
+    /// The owner or the store.
+    Source,
+}
 
 impl Copies {
     /// Copies that nobody tells of changes yet: see [`Copies::tell`].
@@ -138,11 +152,12 @@ impl Copies {
             states.served(false);
             return Ok(Some(state));
         }
-        let (end, validated) = self.in_round(key).await;
-        if validated {
-            states.served(true)
+        let (end, from) = self.in_round(key).await;
+        if from == Of::Copy {
+            states.served(true);
         } else {
-            states.missed()
+            states.missed();
+            states.seconded(from == Of::Second);
         }
         end
     }
@@ -173,38 +188,42 @@ impl Copies {
     async fn ask_or_load(&self, key: &InstanceKey) -> End {
         let environment = &self.0.parts.environment;
         let states = &environment.states;
-        let (asked, held) = (states.now(), states.copy(key));
-        let print = held.as_ref().map(|(state, _)| Print { version: state.version, digest: state.digest() });
+        let asked = states.now();
+        let held = match states.copy(key) {
+            Some((state, fresh)) => Some((state, fresh, Of::Copy)),
+            None => states.second(key).await.map(|state| (state, false, Of::Second)),
+        };
+        let print = held.as_ref().map(|(state, ..)| Print { version: state.version, digest: state.digest() });
         match (self.ask(key, print).await, held) {
-            (Some(Stands::Same), Some((state, fresh))) => {
+            (Some(Stands::Same), Some((state, fresh, from))) => {
                 states.answered(Answer::Same);
                 if !fresh {
-                    states.keep(key, &state, asked);
+                    states.keep(key, &state, asked, from == Of::Second);
                 }
-                (Ok(Some(state)), true)
+                (Ok(Some(state)), from)
             }
             (Some(Stands::Newer { version, turn, doc }), _) => {
                 states.answered(Answer::Newer);
                 let state = Arc::new(StateSnapshot::new(version, turn, doc));
-                states.keep(key, &state, asked);
-                (Ok(Some(state)), false)
+                states.keep(key, &state, asked, false);
+                (Ok(Some(state)), Of::Source)
             }
             (Some(Stands::Gone), _) => {
                 states.answered(Answer::Gone);
                 states.stale(key, None);
-                (Ok(None), false)
+                (Ok(None), Of::Source)
             }
             _ => match environment.store.state(key).await {
                 Ok(state) => {
                     states.answered(Answer::Store);
                     let state = state.map(Arc::new);
                     match &state {
-                        Some(state) => states.keep(key, state, asked),
+                        Some(state) => states.keep(key, state, asked, false),
                         None => states.stale(key, None),
                     }
-                    (Ok(state), false)
+                    (Ok(state), Of::Source)
                 }
-                Err(error) => (Err(error.into()), false),
+                Err(error) => (Err(error.into()), Of::Source),
             },
         }
     }

@@ -164,7 +164,7 @@ impl Router {
     /// [`Error::Invalid`] when a rule or setting is wrong, with where.
     pub async fn put_profile(&self, key: &InstanceKey, profile: Profile) -> Result<bool, Error> {
         let profile = Arc::new(profile);
-        let mind = self.0.environment.minds.of(&profile)?;
+        let mind = self.0.environment.minds.of(&key.tenant, &profile)?;
         match self.control(key, |answer| What::PutProfile(mind, answer)).await {
             Err(Error::Fenced) => {
                 let json = serde_json::to_string(&*profile).map_err(|error| Error::Invalid(error.to_string()))?;

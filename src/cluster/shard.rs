@@ -128,7 +128,7 @@ impl ShardActor {
                 surplus = surplus.saturating_sub(1);
                 leaving.push((key.clone(), resident.address.clone(), resident.used));
             } else if unused >= PACK_AFTER && !resident.packed {
-                resident.packed = resident.address.try_send(message::Observe { pack: true }).is_ok();
+                resident.packed = resident.address.try_send(message::Observe { pack: true, leave: false }).is_ok();
             }
         }
         self.sweep_from = if len == 0 { 0 } else { (self.sweep_from + SWEEP_SLICE.min(len)) % len };
@@ -141,7 +141,7 @@ impl ShardActor {
 /// Asks a resident whether it is idle; the shard drops it if so and if nothing was sent to it meanwhile.
 fn ask_to_leave(shard: Addr<ShardActor>, key: InstanceKey, address: Addr<InstanceActor>, used: u32) {
     actix_rt::spawn(async move {
-        if let Ok(observed) = address.send(message::Observe { pack: true }).await
+        if let Ok(observed) = address.send(message::Observe { pack: true, leave: true }).await
             && observed.idle
         {
             drop(shard.try_send(Leave { key, address, used }));
@@ -268,7 +268,10 @@ impl Handler<Settle> for ShardActor {
 
     fn handle(&mut self, _: Settle, _: &mut Context<Self>) -> Self::Result {
         // A mailbox is in order: whoever answers this has taken everything before it.
-        let observed = self.residents.values().map(|resident| resident.address.send(message::Observe { pack: false }));
+        let observed = self
+            .residents
+            .values()
+            .map(|resident| resident.address.send(message::Observe { pack: false, leave: false }));
         let observed = futures_util::future::join_all(observed.collect::<Vec<_>>());
         Box::pin(async move { drop(observed.await) })
     }
@@ -289,7 +292,10 @@ impl Handler<End> for ShardActor {
             drop(resident.address.try_send(message::Fence));
         }
         // Whoever answers this has taken everything before it; what was with the store then is counted as busy.
-        let observed = self.residents.values().map(|resident| resident.address.send(message::Observe { pack: false }));
+        let observed = self
+            .residents
+            .values()
+            .map(|resident| resident.address.send(message::Observe { pack: false, leave: false }));
         let observed = futures_util::future::join_all(observed.collect::<Vec<_>>());
         let tenure = self.tenure.clone();
         ctx.spawn(
@@ -329,7 +335,7 @@ impl ShardActor {
         };
         let address = resident.address.clone();
         actix_rt::spawn(async move {
-            let _ = answer.send(address.send(message::Observe { pack: false }).await.ok());
+            let _ = answer.send(address.send(message::Observe { pack: false, leave: false }).await.ok());
         });
     }
 }

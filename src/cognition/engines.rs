@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::{Engine, Error, answer::Extractive, llm::Llm, scripted::Scripted};
 use crate::{
     config,
-    scaling::pool::Tally,
+    scaling::{cache::TieredCache, pool::Tally},
     types::{Profile, profile::EngineName},
 };
 
@@ -23,12 +23,12 @@ pub struct Engines {
 }
 
 impl Engines {
-    /// Builds them from the configuration. No provider is called yet.
+    /// Builds them from the configuration. No provider is called yet. Answers that may be are held in the cache.
     ///
     /// # Errors
     /// [`Error`] when a provider's address or key is wrong or missing, or the default provider is unknown.
-    pub fn new(config: &config::Cognition) -> Result<Self, Error> {
-        let models = Arc::new(Llm::new(config)?);
+    pub fn new(config: &config::Cognition, cache: &TieredCache) -> Result<Self, Error> {
+        let models = Arc::new(Llm::new(config, cache.clone())?);
         Ok(Self {
             default: config.default_engine,
             reflex: Arc::new(Extractive),
@@ -84,18 +84,19 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::scaling::cache::Options;
 
     #[test]
     fn profiles_are_checked_against_their_engine() {
-        let engines = Engines::new(&config::Cognition {
+        let config = config::Cognition {
             default_engine: EngineName::Reflex,
             default_provider: String::new(),
             think_seconds: 1,
             max_steps: 100,
             max_tokens_per_turn: 1_000_000,
             providers: std::collections::BTreeMap::new(),
-        })
-        .unwrap();
+        };
+        let engines = Engines::new(&config, &TieredCache::new(Options::default())).unwrap();
         let with = |engine, script| Profile { engine, script, ..Profile::default() };
         assert_eq!(engines.of(&with(None, None)).name(), "reflex");
         for name in [EngineName::Reflex, EngineName::Scripted, EngineName::Llm] {

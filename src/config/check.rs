@@ -123,7 +123,6 @@ fn ranges(config: &Config, found: &mut Findings) {
     found.range(&["memory", "endpoint", "wait_ms"], endpoint.wait_ms, 0..=1000);
     found.range(&["memory", "endpoint", "max_concurrent"], endpoint.max_concurrent, 1..=64);
     found.range(&["memory", "endpoint", "timeout_ms"], endpoint.timeout_ms, 10..=600_000);
-    found.range(&["memory", "endpoint", "cache_mb"], endpoint.cache_mb, 1..=65_536);
     found.range(&["cognition", "think_seconds"], cognition.think_seconds, 1..=3600);
     found.range(&["cognition", "max_steps"], u64::from(cognition.max_steps), 1..=10_000);
     found.range(&["cognition", "max_tokens_per_turn"], cognition.max_tokens_per_turn, 1..=1_000_000_000);
@@ -148,8 +147,7 @@ fn cache(cache: &Cache, found: &mut Findings) {
     for (key, seconds) in [
         ("state", ttl.state),
         ("profile", ttl.profile),
-        ("auth", ttl.auth),
-        ("prompt", ttl.prompt),
+        ("snapshot", ttl.snapshot),
         ("recall", ttl.recall),
         ("embedding", ttl.embedding),
         ("answer", ttl.answer),
@@ -157,9 +155,7 @@ fn cache(cache: &Cache, found: &mut Findings) {
     ] {
         found.range(&["cache", "ttl", key], seconds, 0..=YEAR);
     }
-    for (key, seconds) in [("profile", stale.profile), ("prompt", stale.prompt), ("tool", stale.tool)] {
-        found.range(&["cache", "stale", key], seconds, 0..=YEAR);
-    }
+    found.range(&["cache", "stale", "tool"], stale.tool, 0..=YEAR);
 }
 
 fn scaling_ranges(scaling: &Scaling, found: &mut Findings) {

@@ -386,13 +386,11 @@ pub struct Cache {
 pub struct CacheTtl {
     /// States, for readers that do not mind.
     pub state: u64,
-    /// Profiles of instances.
+    /// Profiles made ready, in memory only.
     pub profile: u64,
-    /// Who a caller is and what they may.
-    pub auth: u64,
-    /// Prompts, in memory only.
-    pub prompt: u64,
-    /// Results of recall.
+    /// Instances as they left memory, in memory only.
+    pub snapshot: u64,
+    /// Results of recall, in memory only.
     pub recall: u64,
     /// Embeddings.
     pub embedding: u64,
@@ -406,10 +404,6 @@ pub struct CacheTtl {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CacheStale {
-    /// Profiles of instances.
-    pub profile: u64,
-    /// Prompts.
-    pub prompt: u64,
     /// Results of tools.
     pub tool: u64,
 }
@@ -424,23 +418,14 @@ impl Default for Cache {
 /// As in `config/default.toml`.
 impl Default for CacheTtl {
     fn default() -> Self {
-        Self {
-            state: 30,
-            profile: 3600,
-            auth: 300,
-            prompt: 86_400,
-            recall: 3600,
-            embedding: 604_800,
-            answer: 86_400,
-            tool: 300,
-        }
+        Self { state: 30, profile: 3600, snapshot: 3600, recall: 3600, embedding: 604_800, answer: 86_400, tool: 300 }
     }
 }
 
 /// As in `config/default.toml`.
 impl Default for CacheStale {
     fn default() -> Self {
-        Self { profile: 0, prompt: 3600, tool: 60 }
+        Self { tool: 60 }
     }
 }
 
@@ -553,8 +538,6 @@ pub struct EmbedderEndpoint {
     pub max_concurrent: usize,
     /// Longest request, in milliseconds.
     pub timeout_ms: u64,
-    /// Vectors kept by their texts, in MiB.
-    pub cache_mb: usize,
 }
 
 /// Where vectors of texts come from.

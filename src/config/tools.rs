@@ -85,6 +85,8 @@ pub struct McpServer {
     /// Calls at once.
     #[serde(default = "four")]
     pub max_concurrent: usize,
+    /// Tools whose results may be held, where the server says that they are read only; `*`: all of those.
+    pub cache: Vec<String>,
 }
 
 const fn twenty() -> u64 {

@@ -14,12 +14,15 @@ use crate::{
     config::{self, Config, MqttMode},
     memory::Memory,
     runtime::clock::Clock,
-    scaling::cache::{Options, States, TieredCache},
+    scaling::cache::{Kind, Local, Options, Slot, States, TieredCache},
     store::Store,
     telemetry::metric,
     tools::scope,
-    types::{Profile, Stimulus},
+    types::{Profile, Stimulus, TenantId},
 };
+
+/// What a profile with its compiled rules takes in memory, of what it takes as text, about.
+const COMPILED: usize = 16;
 
 /// Shared by every instance of the node; immutable but for its counters and [`Limits`].
 pub struct Environment {
@@ -63,12 +66,13 @@ impl Environment {
     /// # Errors
     /// [`Error::Invalid`] when the engines' settings are wrong.
     pub fn new(config: &Config, store: Arc<dyn Store>, clock: Clock) -> Result<Self, Error> {
-        let engines = Engines::new(&config.cognition).map_err(|error| Error::Invalid(error.to_string()))?;
-        let minds = Minds::new(engines);
-        let default_mind = minds.of(&Arc::new(Profile::default()))?;
         let cache = TieredCache::new(Options::of(config, clock.clone()));
+        let engines = Engines::new(&config.cognition, &cache).map_err(|error| Error::Invalid(error.to_string()))?;
+        let minds = Minds::new(engines, cache.clone());
+        let default_mind = minds.ready(&Arc::new(Profile::default()))?;
+        let memory = Memory::new(&config.memory, store.clone(), clock.clone(), &cache).map_err(Error::Invalid)?;
         Ok(Self {
-            memory: Arc::new(Memory::new(&config.memory, store.clone(), clock.clone()).map_err(Error::Invalid)?),
+            memory: Arc::new(memory),
             store,
             clock,
             hub: Hub::default(),
@@ -163,9 +167,11 @@ impl Limits {
     }
 }
 
-/// Makes profiles ready, and shares one [`Mind`] among all instances with the same profile while any of them lives.
+/// Makes profiles ready, and shares one [`Mind`] among all instances with the same profile while any of them lives, and in the
+/// cache for a while after: compiling rules is most of what it costs to bring back an instance that has some.
 pub struct Minds {
     engines: Engines,
+    cache: TieredCache,
     interned: Mutex<Interned>,
 }
 
@@ -177,8 +183,8 @@ struct Interned {
 
 impl Minds {
     /// Over the engines of the node.
-    pub fn new(engines: Engines) -> Self {
-        Self { engines, interned: Mutex::default() }
+    pub fn new(engines: Engines, cache: TieredCache) -> Self {
+        Self { engines, cache, interned: Mutex::default() }
     }
 
     /// The engines behind them.
@@ -186,13 +192,27 @@ impl Minds {
         &self.engines
     }
 
-    /// Checks a profile and makes it ready.
+    /// Checks a tenant's profile and makes it ready.
     ///
     /// # Errors
     /// [`Error::Invalid`] says which rule or setting is wrong.
-    pub fn of(&self, profile: &Arc<Profile>) -> Result<Arc<Mind>, Error> {
-        let text = serde_json::to_vec(&**profile).map_err(|error| Error::Invalid(error.to_string()))?;
-        let hash = blake3::hash(&text);
+    pub fn of(&self, tenant: &TenantId, profile: &Arc<Profile>) -> Result<Arc<Mind>, Error> {
+        let (hash, bytes) = hash_of(profile)?;
+        let slot = Slot::new(Kind::Profile, tenant, hash.to_hex().as_str());
+        if let Some(Some(held)) = self.cache.get::<Local<Arc<Mind>>>(&slot, 0) {
+            return Ok(held.value.clone());
+        }
+        let mind = self.shared(hash, profile)?;
+        self.cache.put(&slot, 0, Local { value: mind.clone(), bytes: bytes * COMPILED });
+        Ok(mind)
+    }
+
+    /// As [`Minds::of`], of the node's own.
+    fn ready(&self, profile: &Arc<Profile>) -> Result<Arc<Mind>, Error> {
+        self.shared(hash_of(profile)?.0, profile)
+    }
+
+    fn shared(&self, hash: blake3::Hash, profile: &Arc<Profile>) -> Result<Arc<Mind>, Error> {
         if let Some(mind) = self.lock().by_text.get(&hash).and_then(Weak::upgrade) {
             return Ok(mind);
         }
@@ -215,6 +235,12 @@ impl Minds {
     fn lock(&self) -> std::sync::MutexGuard<'_, Interned> {
         self.interned.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A profile's hash, and its length as text.
+fn hash_of(profile: &Profile) -> Result<(blake3::Hash, usize), Error> {
+    let text = serde_json::to_vec(profile).map_err(|error| Error::Invalid(error.to_string()))?;
+    Ok((blake3::hash(&text), text.len()))
 }
 
 /// Handles of the figures instances record, looked up once.

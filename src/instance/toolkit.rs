@@ -13,7 +13,7 @@ use crate::{
     },
     config::tools::Tools,
     memory::Memory,
-    scaling::pool::Tally,
+    scaling::{cache::TieredCache, pool::Tally},
     store::Episode,
     tools::{self, Call, Recall, Registry},
     types::{InstanceKey, Profile, ToolSpec},
@@ -46,8 +46,9 @@ impl Toolkit {
     ///
     /// # Errors
     /// [`tools::Error`].
-    pub fn new(settings: &Tools, max_hops: u32, memory: Arc<Memory>) -> Result<Self, tools::Error> {
-        Ok(Self { registry: Registry::new(settings.clone(), Arc::new(Remembered(memory)))?, max_hops })
+    pub fn new(settings: &Tools, max_hops: u32, memory: Arc<Memory>, cache: TieredCache) -> Result<Self, tools::Error> {
+        let registry = Registry::new(settings.clone(), Arc::new(Remembered(memory)), cache)?;
+        Ok(Self { registry, max_hops })
     }
 
     /// What is counted of the calls that leave the node.

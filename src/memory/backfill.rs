@@ -119,7 +119,7 @@ impl Memory {
             if text.is_empty() {
                 return Some(Extra { of, ..Extra::default() });
             }
-            let vector = endpoint.embed(text).await.ok()?;
+            let vector = endpoint.embed(&key.tenant, text).await.ok()?;
             Some(Extra { of, embedding: Some((*vector).clone()), ..Extra::default() })
         }));
         let extras: Vec<Extra> = asked.await.into_iter().flatten().collect();

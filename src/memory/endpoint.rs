@@ -1,13 +1,13 @@
 //! Vectors from a model server that speaks the OpenAI embeddings protocol: texts of all instances gathered into few requests.
 //!
-//! Owns: the queue and its batches, the cache by content, the pause after failures, the wire. Not here: when a text needs a
-//! vector (`mod.rs`, `backfill`), what becomes of it.
-//! Invariants: queue, batches, cache, answers and waits are bounded; a key never reaches a log or an error text; whoever gives
-//! up waiting takes nobody's answer along.
+//! Owns: the queue and its batches, the pause after failures, the wire; a vector once made is held by its tenant, text and model
+//! in the cache's tiers. Not here: when a text needs a vector (`mod.rs`, `backfill`), what becomes of it.
+//! Invariants: queue, batches, answers and waits are bounded; a key never reaches a log or an error text; whoever gives up
+//! waiting takes nobody's answer along; what one tenant asked for is no faster for another.
 //! Tests: at the foot; `tests/it/embeddings.rs` against a server that misbehaves.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::VecDeque,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -18,8 +18,9 @@ use tokio::sync::oneshot;
 
 use crate::{
     config,
+    scaling::cache::{Kind, Slot, TieredCache},
     telemetry::metric,
-    types::{limits::MAX_DIMENSION, memory::Vector},
+    types::{TenantId, limits::MAX_DIMENSION, memory::Vector},
 };
 
 /// Most texts that wait.
@@ -49,7 +50,7 @@ pub(crate) enum Failure {
     Server(String),
 }
 
-type Answer = Result<Arc<Vector>, Failure>;
+type Answer = Result<Vector, Failure>;
 
 struct Waiting {
     text: String,
@@ -63,9 +64,6 @@ struct State {
     running: usize,
     failures: u32,
     paused_until: Option<Instant>,
-    young: HashMap<blake3::Hash, Arc<Vector>>,
-    old: HashMap<blake3::Hash, Arc<Vector>>,
-    young_bytes: usize,
 }
 
 struct Inner {
@@ -73,6 +71,7 @@ struct Inner {
     url: String,
     key: Option<SecretString>,
     config: config::EmbedderEndpoint,
+    cache: TieredCache,
     state: Mutex<State>,
     texts: metrics::Histogram,
     seconds: metrics::Histogram,
@@ -105,7 +104,7 @@ impl Endpoint {
     ///
     /// # Errors
     /// When the client cannot be made.
-    pub(crate) fn new(config: &config::EmbedderEndpoint) -> Result<Self, String> {
+    pub(crate) fn new(config: &config::EmbedderEndpoint, cache: TieredCache) -> Result<Self, String> {
         let timeout = Duration::from_millis(config.timeout_ms);
         let client = reqwest::Client::builder()
             .timeout(timeout)
@@ -122,6 +121,7 @@ impl Endpoint {
             url: format!("{}/embeddings", config.base_url.trim_end_matches('/')),
             key,
             config: config.clone(),
+            cache,
             state: Mutex::default(),
             texts: metrics::histogram!(metric::MEMORY_EMBED_BATCH),
             seconds: metrics::histogram!(metric::MEMORY_EMBED_SECONDS),
@@ -129,26 +129,31 @@ impl Endpoint {
         })))
     }
 
-    /// The vector of a text. Must be called within a tokio runtime. Cancel safe.
+    /// The vector of a text, held or made. Must be called within a tokio runtime. Cancel safe.
     ///
     /// # Errors
     /// [`Failure`].
-    pub(crate) async fn embed(&self, text: &str) -> Answer {
+    pub(crate) async fn embed(&self, tenant: &TenantId, text: &str) -> Result<Arc<Vector>, Failure> {
         let text = &text[..text.floor_char_boundary(MAX_TEXT_BYTES)];
-        let waits = self.submit(text)?;
-        match waits {
-            Ok(vector) => Ok(vector),
-            Err(answer) => answer.await.unwrap_or(Err(Failure::Overloaded)),
-        }
+        let slot = self.slot(tenant, text);
+        let made = self.0.cache.get_or_make(&slot, 0, || async {
+            let answer = self.submit(text)?;
+            answer.await.unwrap_or(Err(Failure::Overloaded)).map(Some)
+        });
+        made.await?.ok_or(Failure::Overloaded)
     }
 
-    /// The vector, when it is known, or where it will come.
-    fn submit(&self, text: &str) -> Result<Result<Arc<Vector>, oneshot::Receiver<Answer>>, Failure> {
-        let hash = blake3::hash(text.as_bytes());
-        let mut state = self.0.lock();
-        if let Some(known) = state.young.get(&hash).or_else(|| state.old.get(&hash)) {
-            return Ok(Ok(Arc::clone(known)));
+    fn slot(&self, tenant: &TenantId, text: &str) -> Slot {
+        let mut hasher = blake3::Hasher::new();
+        for part in [&*self.0.url, &*self.0.config.model, text] {
+            hasher.update(&(part.len() as u64).to_le_bytes()).update(part.as_bytes());
         }
+        Slot::new(Kind::Embedding, tenant, hasher.finalize().to_hex().as_str())
+    }
+
+    /// Where the vector of a text will come.
+    fn submit(&self, text: &str) -> Result<oneshot::Receiver<Answer>, Failure> {
+        let mut state = self.0.lock();
         if state.paused_until.is_some_and(|until| Instant::now() < until) {
             return Err(Failure::Paused);
         }
@@ -162,7 +167,7 @@ impl Endpoint {
             drop(state);
             tokio::spawn(Arc::clone(&self.0).drive());
         }
-        Ok(Err(waits))
+        Ok(waits)
     }
 }
 
@@ -200,18 +205,13 @@ impl Inner {
         self.seconds.record(began.elapsed());
         match told {
             Ok(vectors) => {
-                let mut state = self.lock();
-                (state.failures, state.paused_until) = (0, None);
+                {
+                    let mut state = self.lock();
+                    (state.failures, state.paused_until) = (0, None);
+                }
+                let pointless = || Failure::Server(String::from("a vector without a direction"));
                 for (waiting, vector) in batch.into_iter().zip(vectors) {
-                    let answer = match vector {
-                        Some(vector) => {
-                            let vector = Arc::new(vector);
-                            state.keep(blake3::hash(waiting.text.as_bytes()), &vector, self.config.cache_mb << 20);
-                            Ok(vector)
-                        }
-                        None => Err(Failure::Server(String::from("a vector without a direction"))),
-                    };
-                    drop(waiting.answer.send(answer));
+                    drop(waiting.answer.send(vector.ok_or_else(pointless)));
                 }
             }
             Err(why) => {
@@ -257,18 +257,6 @@ impl Inner {
     }
 }
 
-impl State {
-    /// Two generations: when the young one is full it becomes the old one, and what is still asked for is kept again.
-    fn keep(&mut self, hash: blake3::Hash, vector: &Arc<Vector>, most: usize) {
-        self.young_bytes += 2 * vector.dimension() + 128;
-        self.young.insert(hash, Arc::clone(vector));
-        if self.young_bytes > most / 2 {
-            self.old = std::mem::take(&mut self.young);
-            self.young_bytes = 0;
-        }
-    }
-}
-
 /// The vectors of an answer in the order of the texts.
 fn sort(body: &[u8], count: usize) -> Result<Vec<Option<Vector>>, String> {
     let told: Told = serde_json::from_slice(body).map_err(|error| format!("not an answer with vectors: {error}"))?;
@@ -301,18 +289,5 @@ mod tests {
         assert!(sort(body, 3).unwrap_err().contains("2 vectors for 3"));
         assert!(sort(b"<html>", 1).is_err());
         assert!(sort(br#"{"data":[{"index":0,"embedding":"no"}]}"#, 1).is_err());
-    }
-
-    #[test]
-    fn the_cache_is_bounded_and_forgets_the_oldest() {
-        let mut state = State::default();
-        let vector = Arc::new(Vector::of(&[1.0; 100]).unwrap());
-        let hash = |n: u32| blake3::hash(&n.to_le_bytes());
-        for n in 0..1000 {
-            state.keep(hash(n), &vector, 10_000);
-        }
-        assert!(state.young.len() + state.old.len() <= 32);
-        assert!(state.young.contains_key(&hash(999)) || state.old.contains_key(&hash(999)));
-        assert!(!state.young.contains_key(&hash(0)) && !state.old.contains_key(&hash(0)));
     }
 }

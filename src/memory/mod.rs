@@ -8,6 +8,7 @@
 //! | file | what |
 //! |---|---|
 //! | `ask` | what is asked |
+//! | `again` | what was asked before |
 //! | `shelf`, `shelves` | the episodes of one instance; those of the node, within bounds |
 //! | `digest` | what a turn amounts to for a shelf |
 //! | `fuse` | rankings made one |
@@ -26,6 +27,7 @@ use std::{
     time::Duration,
 };
 
+mod again;
 mod ask;
 mod backfill;
 mod cells;
@@ -45,13 +47,14 @@ pub use shelf::Figures;
 
 use futures_util::future::try_join_all;
 
-use self::{ask::Asked, backfill::Wakes, endpoint::Endpoint, shelves::Shelves};
+use self::{again::Again, ask::Asked, backfill::Wakes, endpoint::Endpoint, shelves::Shelves};
 use crate::{
     config::{self, Embedder},
     runtime::clock::Clock,
+    scaling::cache::TieredCache,
     store::{self, Episode, Store, rank, replay},
     telemetry::metric,
-    types::{EpisodeId, Fault, InstanceKey, Kind, Millis, limits::MAX_RECALL, memory::Extra},
+    types::{EpisodeId, Fault, InstanceKey, Kind, Millis, TenantId, limits::MAX_RECALL, memory::Extra},
 };
 
 /// Turns of one page of an export.
@@ -173,6 +176,7 @@ pub struct Memory {
     store: Arc<dyn Store>,
     clock: Clock,
     shelves: Shelves,
+    again: Again,
     lexical: bool,
     endpoint: Option<Endpoint>,
     wakes: Wakes,
@@ -186,18 +190,24 @@ struct Metrics {
 }
 
 impl Memory {
-    /// Over a store, as configured.
+    /// Over a store, as configured. What was recalled, and vectors of texts, are held in the cache.
     ///
     /// # Errors
     /// When the client of the embeddings server cannot be made.
-    pub fn new(config: &config::Memory, store: Arc<dyn Store>, clock: Clock) -> Result<Self, String> {
+    pub fn new(
+        config: &config::Memory,
+        store: Arc<dyn Store>,
+        clock: Clock,
+        cache: &TieredCache,
+    ) -> Result<Self, String> {
         let lexical = config.embedder == Embedder::Lexical;
         let endpoint = match config.embedder {
-            Embedder::Endpoint => Some(Endpoint::new(&config.endpoint)?),
+            Embedder::Endpoint => Some(Endpoint::new(&config.endpoint, cache.clone())?),
             Embedder::Lexical | Embedder::Off => None,
         };
         Ok(Self {
             shelves: Shelves::new(config, lexical),
+            again: Again::new(config, cache.clone()),
             store,
             clock,
             lexical,
@@ -217,10 +227,15 @@ impl Memory {
     /// [`Error`]; [`Error::NotFound`] when there is no such instance.
     pub async fn search(&self, key: &InstanceKey, ask: Ask) -> Result<Recollection, Error> {
         let began = std::time::Instant::now();
-        let (asked, degraded) = self.ready(ask).await;
+        let slot = self.again.slot(key, &ask);
+        if let Some(found) = self.again.look(&*self.store, key, &slot).await? {
+            self.count(&found, self.clock.now(), began);
+            return Ok(found);
+        }
+        let (asked, degraded) = self.ready(key, ask).await;
         let now = asked.now;
         let shelf = self.shelves.current(&*self.store, key).await?;
-        let (hits, forgotten, beside, bare) = self
+        let (hits, forgotten, beside, bare, stood) = self
             .shelves
             .look(&shelf, move |shelf| {
                 let (hits, forgotten) = shelf.search(&asked)?;
@@ -228,7 +243,7 @@ impl Memory {
                     .iter()
                     .map(|hit| (shelf.duplicate_of(hit.id), shelf.superseded_at(hit.id), shelf.episode(hit.slot)))
                     .collect();
-                Ok::<_, Error>((hits, forgotten, beside, !shelf.bare(1).is_empty()))
+                Ok::<_, Error>((hits, forgotten, beside, !shelf.bare(1).is_empty(), (shelf.life, shelf.turn)))
             })
             .await?;
         if bare {
@@ -246,14 +261,23 @@ impl Memory {
                 Some(Recalled { episode, explained, duplicates, duplicate_of, superseded_at })
             })
             .collect();
+        let found = Recollection { episodes, forgotten, degraded };
+        self.count(&found, now, began);
+        // What vectors that are still to come would better is not held, and neither is what the server would have bettered.
+        if found.degraded.is_none() && !(bare && self.backfills()) {
+            self.again.hold(&slot, stood.0, stood.1, &found);
+        }
+        Ok(found)
+    }
+
+    fn count(&self, found: &Recollection, now: Millis, began: std::time::Instant) {
         self.metrics.recalls.increment(1);
         self.metrics.seconds.record(began.elapsed());
-        for recalled in &episodes {
+        for recalled in &found.episodes {
             let age = now.0.saturating_sub(recalled.episode.recorded_at.0).max(0);
             #[allow(clippy::cast_precision_loss)] // milliseconds of centuries
             self.metrics.age.record(age as f64 / 1000.0);
         }
-        Ok(Recollection { episodes, forgotten, degraded })
     }
 
     /// The episodes of an instance that fit a text, best first, at most `k` (and [`MAX_RECALL`]), for an engine. A text without
@@ -280,13 +304,13 @@ impl Memory {
     }
 
     /// The vectors of texts by the configured embedder, in their order; of the built-in one all zero for a text without words.
-    /// `None` when it is switched off.
+    /// `None` when it is switched off. Those of the server are held for the tenant.
     ///
     /// # Errors
     /// [`Error::Embeddings`] when the server gives no vector for one of them.
-    pub async fn embed(&self, texts: &[String]) -> Result<Option<Vec<Vec<f32>>>, Error> {
+    pub async fn embed(&self, tenant: &TenantId, texts: &[String]) -> Result<Option<Vec<Vec<f32>>>, Error> {
         if let Some(endpoint) = &self.endpoint {
-            let found = try_join_all(texts.iter().map(|text| endpoint.embed(text))).await?;
+            let found = try_join_all(texts.iter().map(|text| endpoint.embed(tenant, text))).await?;
             return Ok(Some(found.iter().map(|vector| vector.numbers().collect()).collect()));
         }
         let nothing = || vec![0.0; lexical::DIMENSION];
@@ -294,7 +318,7 @@ impl Memory {
         Ok(self.lexical.then(|| texts.iter().map(embed).collect()))
     }
 
-    async fn ready(&self, ask: Ask) -> (Asked, Option<String>) {
+    async fn ready(&self, key: &InstanceKey, ask: Ask) -> (Asked, Option<String>) {
         let text = ask.query.as_deref().unwrap_or_default();
         let mut words = ask::meaning(text);
         if words.is_empty() {
@@ -306,7 +330,7 @@ impl Memory {
         let now = self.clock.now();
         let (mut given, mut modelled, mut degraded) = (ask.embedding, None, None);
         if let (None, Some(endpoint), false) = (&given, &self.endpoint, text.is_empty()) {
-            match endpoint.embed(text).await {
+            match endpoint.embed(&key.tenant, text).await {
                 Ok(vector) => modelled = Some((*vector).clone()),
                 Err(failure) => degraded = Some(failure.to_string()),
             }

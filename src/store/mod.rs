@@ -307,6 +307,17 @@ impl std::fmt::Debug for Done {
     }
 }
 
+/// What was made of an instance's turns, to be used again as long as its history ends there.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// Where the history ends: it says which life, too.
+    pub head: Head,
+    /// The state there.
+    pub state: StateSnapshot,
+    /// Turns since the record that holds the whole state.
+    pub turns_since_full: u64,
+}
+
 /// All that activation needs.
 #[derive(Debug, Clone)]
 pub struct Loaded {
@@ -612,6 +623,11 @@ pub trait Writer: Send + Sync + 'static {
 pub trait Reader: Send + Sync + 'static {
     /// What activation needs; `exists` is false for an instance nobody has heard of.
     async fn load(&self, key: &InstanceKey) -> Result<Loaded, Error>;
+    /// As [`Reader::load`]; turns need not be read again where the history still ends as it does in the snapshot.
+    async fn load_with(&self, key: &InstanceKey, snapshot: Arc<Snapshot>) -> Result<Loaded, Error> {
+        drop(snapshot);
+        self.load(key).await
+    }
     /// The committed state, without the inbox.
     async fn state(&self, key: &InstanceKey) -> Result<Option<StateSnapshot>, Error>;
     /// Turns with numbers above `after`, oldest first, at most `limit`.

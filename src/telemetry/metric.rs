@@ -125,7 +125,7 @@ metrics! {
     MQTT_ACKS = Counter "sophont_mqtt_acks_total";
     /// MQTT messages dropped, by reason.
     MQTT_DROPPED = Counter "sophont_mqtt_dropped_total";
-    /// Reads of the cache, by tier, type and result: `hit`, `validated` (the owner said that nothing is newer), `stale` (no longer fresh, and served), `miss`.
+    /// Reads of the cache, by tier, type and result: `hit`, `validated` (the owner or the store said that nothing is newer), `stale` (no longer fresh, and served), `miss`.
     CACHE_READS = Counter "sophont_cache_reads_total";
     /// Entries that had to leave a tier of the cache for lack of room, by tier and type.
     CACHE_EVICTIONS = Counter "sophont_cache_evictions_total";
@@ -145,6 +145,8 @@ metrics! {
     CACHE_UP = Gauge "sophont_cache_tier_up";
     /// Reads and writes that passed a tier over because it is down or has too much to do, by tier.
     CACHE_SKIPPED = Counter "sophont_cache_skipped_total";
+    /// Actors of the cache that died and were replaced, by tier.
+    CACHE_REPLACED = Counter "sophont_cache_replaced_total";
     /// What owners answered about states that other nodes hold or want, by result (`same`, `newer`, `gone`, or `store`: no answer in time, read there).
     CACHE_OWNER_ANSWERS = Counter "sophont_cache_owner_answers_total";
     /// States told as stale, by way (`sent` to other nodes, `heard` from them).

@@ -15,6 +15,7 @@
 pub mod address;
 mod built_in;
 mod fetch;
+mod held;
 mod mcp;
 mod pool;
 pub mod scope;
@@ -33,7 +34,7 @@ pub use fetch::{Fetch, Names};
 use self::{mcp::Server, pool::Pool};
 use crate::{
     config::tools::Tools,
-    scaling::pool::Tally,
+    scaling::{cache::TieredCache, pool::Tally},
     store::Episode,
     telemetry::metric,
     types::{Action, InstanceKey, Millis, Profile, ToolResult, ToolSpec},
@@ -110,7 +111,8 @@ impl Output {
 /// The tools of a node.
 pub struct Registry {
     settings: Tools,
-    pool: Pool,
+    cache: TieredCache,
+    pool: Arc<Pool>,
     fetch: Arc<Fetch>,
     servers: BTreeMap<String, Arc<Server>>,
     recall: Arc<dyn Recall>,
@@ -123,17 +125,17 @@ impl std::fmt::Debug for Registry {
 }
 
 impl Registry {
-    /// Those of the settings. Starts threads, and no server.
+    /// Those of the settings. Starts threads, and no server. Results that may be are held in the cache.
     ///
     /// # Errors
     /// [`Error::Threads`].
-    pub fn new(settings: Tools, recall: Arc<dyn Recall>) -> Result<Self, Error> {
-        let pool = Pool::new(&settings).map_err(Error::Threads)?;
+    pub fn new(settings: Tools, recall: Arc<dyn Recall>, cache: TieredCache) -> Result<Self, Error> {
+        let pool = Arc::new(Pool::new(&settings).map_err(Error::Threads)?);
         let fetch = Arc::new(Fetch::new(settings.http.clone(), settings.max_result_kb * 1024));
         let servers = settings.mcp.iter().map(|(name, server)| {
             (name.clone(), Arc::new(Server::new(name.clone(), server.clone(), settings.max_result_kb * 1024)))
         });
-        Ok(Self { servers: servers.collect(), settings, pool, fetch, recall })
+        Ok(Self { servers: servers.collect(), settings, cache, pool, fetch, recall })
     }
 
     /// What is counted of the calls that leave the node.
@@ -221,8 +223,16 @@ impl Registry {
             let label = format!("mcp.{}", server.name());
             let (tool, arguments) = (tool.to_owned(), call.arguments.clone());
             let key = call.idempotency.to_owned();
-            let run = async move { server.call(tool, arguments, &key).await };
-            return (label, Output::of(self.pool.run(deadline, run).await));
+            let slot = held::slot(&call.key.tenant, &server, &tool, &arguments);
+            // In an allocation of its own: what it is handed through would copy it each time.
+            let run = Box::pin(async move { server.call(tool, arguments, &key).await });
+            let Some(slot) = slot else { return (label, Output::of(self.pool.run(deadline, run).await)) };
+            let pool = self.pool.clone();
+            let load = move || async move { pool.run(deadline, run).await.map(Some) };
+            // Whoever waits for another's call does so within their own deadline.
+            let told = tokio::time::timeout(deadline, self.cache.get_or_load::<String, String, _, _>(&slot, 0, load));
+            let told = told.await.unwrap_or_else(|_| Err(format!("no result within {deadline:?}")));
+            return (label, Output::of(told.map(|text| text.map_or_else(String::new, |text| (*text).clone()))));
         }
         if call.name == built_in::RECALL {
             return (String::from(call.name), built_in::recall(&*self.recall, call, deadline).await);

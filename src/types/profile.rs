@@ -18,6 +18,10 @@ pub struct Profile {
     /// The model, `PROVIDER/MODEL` or a provider's name, for the `llm` engine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
+    /// Whether one answer of the model does for all requests that are alike: it is held for `cache.ttl.answer`, and told again to any
+    /// instance of the tenant. The model is told the day then, and not the time.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub cache_answers: bool,
     /// Rules, tried in order.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub reflexes: Vec<RuleSpec>,

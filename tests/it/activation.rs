@@ -31,6 +31,9 @@ async fn an_idle_instance_leaves_memory_and_comes_back_as_it_was() {
         assert_eq!(activation(&http, "lamp").await, "active");
     }
     assert_eq!(http.say("lamp", "s1", "a repeat").await.expect(200)["turn"], 1, "ids are remembered in passivity");
+    let found = "{tier=\"l1\",type=\"snapshot\",result=\"validated\"}";
+    let found = metric(&http, &format!("{}{found}", sophont::telemetry::metric::CACHE_READS)).await;
+    assert!(found >= 3.0, "each time it found the snapshot it left: {found}");
 }
 
 #[tokio::test]

@@ -123,27 +123,27 @@ async fn a_cold_herd_on_three_nodes_loads_at_most_three_times() {
 async fn what_one_node_loaded_the_others_find_in_redis_and_without_it_they_load() {
     let mut redis = Redis::start().await;
     let (one, other) = (Tiers::start(Some(&redis), None), Tiers::start(Some(&redis), None));
-    let shared = slot(Kind::Recall, "shared");
-    one.until_warm(Kind::Recall, &["l1", "l2"]).await;
-    other.until_warm(Kind::Recall, &["l1", "l2"]).await;
+    let shared = slot(Kind::Answer, "shared");
+    one.until_warm(Kind::Answer, &["l1", "l2"]).await;
+    other.until_warm(Kind::Answer, &["l1", "l2"]).await;
     one.get(&shared, "first").await;
     one.until_held(&shared, &["l1", "l2"]).await;
     assert_eq!((other.get(&shared, "second").await, other.loads()), (String::from("first"), 0));
 
     redis.kill().await;
-    let alone = slot(Kind::Recall, "alone");
+    let alone = slot(Kind::Answer, "alone");
     assert_eq!((other.get(&alone, "loaded").await, other.loads()), (String::from("loaded"), 1));
     assert_eq!(other.get(&shared, "third").await, "first", "its own memory does not need Redis");
 
     redis.start_again().await;
-    one.until_warm(Kind::Recall, &["l1", "l2"]).await;
+    one.until_warm(Kind::Answer, &["l1", "l2"]).await;
 }
 
 #[actix_rt::test]
 async fn what_is_dear_to_make_survives_a_restart() {
     let folder = tempfile::tempdir().unwrap();
     let dear = slot(Kind::Embedding, "0123abcd/model");
-    let cheap = slot(Kind::Recall, "i/7/query");
+    let cheap = slot(Kind::State, "cheap");
     let before = Tiers::start(None, Some(folder.path()));
     before.until_warm(Kind::Embedding, &["l1", "l2", "l3"]).await;
     before.get(&dear, "dear").await;
@@ -166,16 +166,16 @@ async fn what_is_dear_to_make_survives_a_restart() {
 #[actix_rt::test]
 async fn what_has_to_leave_the_first_tier_is_found_in_the_second() {
     let tiers = Tiers::start(None, None);
-    tiers.until_warm(Kind::Recall, &["l1", "l2"]).await;
+    tiers.until_warm(Kind::Answer, &["l1", "l2"]).await;
     let text = "x".repeat(10_000);
     for n in 0..4000 {
-        tiers.get(&slot(Kind::Recall, &n.to_string()), &text).await;
+        tiers.get(&slot(Kind::Answer, &n.to_string()), &text).await;
     }
     // 40 MB went through 16 MiB; compressed all of it fits below.
     let loads = tiers.loads();
     let mut gone = None;
     for n in 0..4000 {
-        let slot = slot(Kind::Recall, &n.to_string());
+        let slot = slot(Kind::Answer, &n.to_string());
         if tiers.tiers(&slot).await == ["l2"] {
             gone = Some(slot);
             break;
@@ -190,13 +190,13 @@ async fn what_has_to_leave_the_first_tier_is_found_in_the_second() {
 #[actix_rt::test]
 async fn without_its_actors_everybody_loads_for_themselves() {
     let tiers = Tiers::start(None, None);
-    tiers.until_warm(Kind::Recall, &["l1", "l2"]).await;
-    tiers.get(&slot(Kind::Recall, "a"), "a").await;
+    tiers.until_warm(Kind::Answer, &["l1", "l2"]).await;
+    tiers.get(&slot(Kind::Answer, "a"), "a").await;
     for arbiter in &tiers.arbiters {
         arbiter.stop();
     }
     for n in 0..20 {
-        assert_eq!(tiers.get(&slot(Kind::Recall, &format!("b{n}")), "b").await, "b");
+        assert_eq!(tiers.get(&slot(Kind::Answer, &format!("b{n}")), "b").await, "b");
     }
     assert_eq!(tiers.loads(), 21);
 }
@@ -299,14 +299,7 @@ async fn a_state_that_many_want_at_once_is_loaded_once() {
     let cluster = Cluster::start().await;
     let clients = clients(&cluster);
     clients[0].patch("/v1/instances/wanted/state", &json!({"desired": {"on": true}})).await.expect(200);
-    let loads = async || {
-        let mut sum = 0.0;
-        for client in &clients {
-            sum += metric(client, &format!("{}{{type=\"state\"}}", name::CACHE_LOADS)).await;
-        }
-        sum
-    };
-    let before = loads().await;
+    let before = loads_of_states(&clients).await;
     let herd = (0..HERD).map(|n| {
         let client = clients[n % 3].clone();
         tokio::spawn(async move { client.get("/v1/instances/wanted/state").await.expect(200)["version"].as_u64() })
@@ -314,8 +307,66 @@ async fn a_state_that_many_want_at_once_is_loaded_once() {
     for version in herd.collect::<Vec<_>>() {
         assert_eq!(version.await.unwrap(), Some(1));
     }
-    let loaded = loads().await - before;
+    let loaded = loads_of_states(&clients).await - before;
     assert!(loaded <= 3.0, "{loaded} loads");
+}
+
+/// Loads of states at all nodes so far.
+async fn loads_of_states(clients: &[Http]) -> f64 {
+    let mut sum = 0.0;
+    for client in clients {
+        sum += metric(client, &format!("{}{{type=\"state\"}}", name::CACHE_LOADS)).await;
+    }
+    sum
+}
+
+#[tokio::test]
+async fn an_instance_that_is_not_there_is_looked_for_once_by_many() {
+    const HERD: usize = 1500;
+    let cluster = Cluster::start().await;
+    let clients = clients(&cluster);
+    // The owner's first look is behind it, and holds for a second.
+    let (before, began) = (loads_of_states(&clients).await, std::time::Instant::now());
+    let herd = (0..HERD).map(|n| {
+        let client = clients[n % 3].clone();
+        tokio::spawn(async move { client.get("/v1/instances/nobody/state").await.status })
+    });
+    for status in herd.collect::<Vec<_>>() {
+        assert_eq!(status.await.unwrap(), 404);
+    }
+    let loaded = loads_of_states(&clients).await - before;
+    assert!(loaded <= 3.0 + began.elapsed().as_secs_f64(), "{loaded} loads in {:?}", began.elapsed());
+    // It is known at once when it comes to be.
+    clients[0].patch("/v1/instances/nobody/state", &json!({"desired": {"on": true}})).await.expect(200);
+    for client in &clients {
+        assert_eq!(client.get("/v1/instances/nobody/state").await.expect(200)["version"], 1);
+    }
+}
+
+#[tokio::test]
+async fn what_other_nodes_read_they_find_in_redis_and_the_owner_says_that_it_is_the_newest() {
+    let cluster = Cluster::start().await;
+    let clients = clients(&cluster);
+    let path = "/v1/instances/shared/state";
+    clients[0].patch(path, &json!({"desired": {"n": 0}})).await.expect(200);
+    let seconded = async || {
+        let mut sum = 0.0;
+        for client in &clients {
+            let result = "{tier=\"l2\",type=\"state\",result=\"validated\"}";
+            sum += metric(client, &format!("{}{result}", name::CACHE_READS)).await;
+        }
+        sum
+    };
+    let mut written = 0;
+    wait_until("another node's read was answered from Redis", PATIENCE, async || {
+        for client in &clients {
+            assert_eq!(client.get(path).await.expect(200)["desired"]["n"], written);
+        }
+        written += 1;
+        clients[0].patch(path, &json!({"desired": {"n": written}})).await.expect(200);
+        seconded().await > 0.0
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
-use crate::support::{Http, Node, cluster::Cluster};
+use crate::support::{About, Http, Node, cluster::Cluster, metric};
 
 const BASE: &str = "/v1/instances/ann";
 
@@ -154,6 +154,57 @@ async fn vectors_are_of_one_dimension_and_found() {
         assert!(found[0]["explain"]["vector"]["score"].as_f64().unwrap() > 0.9);
         node.restart().await;
     }
+}
+
+/// Recalls that were answered from what was held.
+async fn held(http: &Http) -> f64 {
+    let labels = "{tier=\"l1\",type=\"recall\",result=\"validated\"}";
+    metric(http, &format!("{}{labels}", sophont::telemetry::metric::CACHE_READS)).await
+}
+
+/// What was asked before is answered again until the memory changes, wherever that happened.
+async fn what_is_asked_again(write_at: &Http, read_at: &Http) {
+    let tea = write(write_at, json!({"content": "Ann prefers green tea"})).await;
+    let ask = json!({"query": "which tea?"});
+    let before = held(read_at).await;
+    let first = recall(read_at, ask.clone()).await;
+    assert_eq!(ids(&first), [tea.as_str()]);
+    assert_eq!(recall(read_at, ask.clone()).await, first);
+    assert_eq!(held(read_at).await - before, 1.0, "the second time it was held");
+    assert_eq!(recall(read_at, json!({"query": "which tea?", "top_k": 1})).await.len(), 1);
+    assert_eq!(held(read_at).await - before, 1.0, "another question is another one");
+    // Each of these changes the memory, and the next recall knows.
+    let black = write(write_at, json!({"content": "Ann also drinks black tea"})).await;
+    let both = recall(read_at, ask.clone()).await;
+    assert!(both.len() == 2 && ids(&both).contains(&black), "{both:?}");
+    assert_eq!(held(read_at).await - before, 1.0);
+    write_at.post(&format!("{BASE}/memory/forget"), &json!({"ids": [tea]})).await.expect(200);
+    assert_eq!(ids(&recall(read_at, ask.clone()).await), [black]);
+    // Another life with as many turns is another memory.
+    write_at.delete(BASE).await.expect(204);
+    read_at.post(&format!("{BASE}/recall"), &ask).await.problem(404, "INSTANCE_NOT_FOUND");
+    let none = write(write_at, json!({"content": "Ann drinks no tea"})).await;
+    write(write_at, json!({"content": "Ann drinks water"})).await;
+    write(write_at, json!({"content": "Ann drinks milk"})).await;
+    assert!(ids(&recall(read_at, ask.clone()).await).contains(&none));
+    // What does not change the memory leaves it held.
+    let found = recall(read_at, ask.clone()).await;
+    let before = held(read_at).await;
+    write_at.patch(&format!("{BASE}/state"), &json!({"reported": {"n": 1}})).await.expect(200);
+    assert_eq!(recall(read_at, ask).await, found);
+    assert_eq!(held(read_at).await - before, 1.0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_held_recall_is_as_good_as_a_new_one() {
+    let node = Node::builder().about(About::Process).start().await;
+    what_is_asked_again(&node.client(), &node.client()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_held_recall_knows_what_other_nodes_wrote() {
+    let cluster = Cluster::start().await;
+    what_is_asked_again(&cluster.client(0), &cluster.client(1)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -10,6 +10,7 @@ use sophont::{
     config,
     memory::{Ask, Known, Memory},
     runtime::clock::Clock,
+    scaling::cache::{Options, TieredCache},
     store::{Head, memory::MemoryStore},
     types::{
         Channel, EpisodeId, InstanceKey, Millis, RawJson, Source, Stimulus, TurnRecord,
@@ -82,7 +83,8 @@ impl Told {
     fn new() -> Self {
         let store = MemoryStore::new();
         let clock = Clock::manual(Millis(1_795_000_000_000));
-        let memory = Memory::new(&config::Config::default().memory, Arc::new(store.clone()), clock.clone()).unwrap();
+        let (settings, cache) = (config::Config::default().memory, TieredCache::new(Options::default()));
+        let memory = Memory::new(&settings, Arc::new(store.clone()), clock.clone(), &cache).unwrap();
         Self { memory, store, key: key("suite"), clock, head: Head::default() }
     }
 

@@ -20,6 +20,7 @@ use sophont::{
         toolbox::{Invocation, Outcome, Rehearsed, Toolbox},
     },
     config::Config,
+    scaling::cache::{Options, TieredCache},
     types::{
         Channel, EpisodeDraft, InstanceId, InstanceKey, Millis, Profile, Reply, Source, StateDoc, Step, Stimulus,
         StimulusId, TenantId, ToolResult, ToolSpec, profile::EngineName,
@@ -289,7 +290,7 @@ async fn think(
     let mut config = Config::default().cognition;
     let provider = format!("base_url = \"{}/v1\"\nmodel = \"plan\"\n", outside.url);
     config.providers.insert(String::from("outside"), toml::from_str(&provider).unwrap());
-    let engine = Engines::new(&config).unwrap().get(EngineName::Llm).clone();
+    let engine = Engines::new(&config, &TieredCache::new(Options::default())).unwrap().get(EngineName::Llm).clone();
     engine.think(question(Arc::new(tools.clone()), steps), journal).await
 }
 

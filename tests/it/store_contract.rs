@@ -12,7 +12,7 @@ use sophont::{
     scaling::pool::Limits,
     store::{
         Committed, DeadLetter, Done, Error, Feed, Fence, Head, Known, MqttRow, MqttWrite, Pending, Rejection, Scope,
-        Shipping, Store, Unit, Work,
+        Shipping, Snapshot, Store, Unit, Work,
         memory::MemoryStore,
         ownership::{Claim, Joining, Ownership},
         postgres::{Options as PostgresOptions, PostgresStore},
@@ -20,7 +20,7 @@ use sophont::{
     },
     types::{
         Channel, Effect, EffectKind, EpisodeDraft, InstanceId, InstanceKey, Millis, Outcome, Profile, RawJson, Source,
-        StateChange, Stimulus, StimulusId, TenantId, TurnRecord,
+        StateChange, StateSnapshot, Stimulus, StimulusId, TenantId, TurnRecord,
     },
 };
 
@@ -334,6 +334,7 @@ contract! {
     a_long_instance_is_forgotten_wholly
     long_histories_are_read_in_pages
     the_state_is_that_of_the_last_turn
+    a_snapshot_counts_only_while_the_history_ends_there
     a_generated_id_is_found_by_its_time
     ids_are_found_by_prefix
     ids_are_located_within_the_tenant
@@ -662,6 +663,34 @@ async fn the_state_is_that_of_the_last_turn(subject: Subject) {
     assert_eq!(loaded.state.doc.get(), r#"{"desired":{"w":32},"reported":{"n":39}}"#);
     assert_eq!((loaded.state.version, loaded.state.turn, loaded.turns_since_full), (40, 40, 8));
     assert_eq!(store.state(&key).await.unwrap(), Some(loaded.state));
+}
+
+async fn a_snapshot_counts_only_while_the_history_ends_there(subject: Subject) {
+    let (store, key) = (&*subject.store, key("a"));
+    let head = decide(store, &key, Head::default(), &[None; 5]).await.unwrap();
+    assert_eq!(store.load(&key).await.unwrap().head, head);
+    // One that could not have been made of these turns shows whether it was used.
+    let marked = r#"{"marked":true}"#;
+    let state = StateSnapshot::new(5, 5, RawJson::parse(marked).unwrap());
+    let snapshot = Arc::new(Snapshot { head, state, turns_since_full: 2 });
+    let with = async || store.load_with(&key, snapshot.clone()).await.unwrap();
+    let in_memory = subject.sqlite.is_none() && subject.postgres.is_none();
+    for _ in 0..2 {
+        let loaded = with().await;
+        assert!(loaded.exists && loaded.head == head);
+        assert_eq!((loaded.state.doc.get() == marked, loaded.turns_since_full == 2), (!in_memory, !in_memory));
+        subject.settle().await;
+    }
+    let head = decide(store, &key, head, &[None]).await.unwrap();
+    let (loaded, plain) = (with().await, store.load(&key).await.unwrap());
+    assert_eq!((loaded.head, &loaded.state, loaded.turns_since_full), (head, &plain.state, plain.turns_since_full));
+    assert!(loaded.state.doc.get().contains(r#""n":6"#), "{:?}", loaded.state);
+    // Another life with as many turns is another history.
+    commit(store, &key, Work::Forget).await.unwrap();
+    assert!(!with().await.exists);
+    decide(store, &key, Head::default(), &[None; 5]).await.unwrap();
+    let loaded = with().await;
+    assert!(loaded.state.doc.get().contains(r#""n":5"#), "{:?}", loaded.state);
 }
 
 async fn a_generated_id_is_found_by_its_time(subject: Subject) {

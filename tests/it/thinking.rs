@@ -19,6 +19,7 @@ use sophont::{
     config,
     memory::Memory,
     runtime::clock::Clock,
+    scaling::cache::{Options, TieredCache},
     store::{Done, Fence, Head, Unit, Work, Writer, memory::MemoryStore},
     types::{
         Channel, EpisodeId, Fault, InstanceId, InstanceKey, Kind, Millis, Outcome, Profile, Reply, Source, StateChange,
@@ -112,7 +113,7 @@ fn engine(provider: config::Provider) -> Arc<dyn Engine> {
         max_tokens_per_turn: 1_000_000,
         providers: BTreeMap::from([(String::from("standin"), provider)]),
     };
-    Engines::new(&config).unwrap().get(EngineName::Llm).clone()
+    Engines::new(&config, &TieredCache::new(Options::default())).unwrap().get(EngineName::Llm).clone()
 }
 
 async fn serve(mut stream: TcpStream, calls: &Mutex<Vec<Call>>, given_up: &AtomicUsize, scripts: &[Vec<Do>]) {
@@ -249,6 +250,34 @@ fn assert_hello(thought: Result<Thought, Error>, heard: &Heard) {
     assert_eq!(thought.usage, Some(Usage { input_tokens: 11, output_tokens: 2 }));
     assert_eq!(thought.model.as_deref(), Some("standin/small"));
     assert_eq!(heard.words().concat(), "Hello");
+}
+
+#[tokio::test]
+async fn a_request_that_was_made_before_is_answered_again_where_the_profile_says_so() {
+    let standin = Standin::start(vec![hello()]).await;
+    let engine = standin.engine(|_| ());
+    let asked = async |change: fn(&mut Question)| {
+        let (mut question, heard) = (question("hello?", PATIENCE), Heard::default());
+        let profile = Profile { cache_answers: true, ..(*question.profile).clone() };
+        question.profile = Arc::new(profile);
+        change(&mut question);
+        let thought = engine.think(question, &heard).await.unwrap();
+        assert_eq!(thought.actions, [Action::Reply(Reply { content: Some(String::from("Hello")), data: None })]);
+        assert_eq!(heard.words(), ["Hel", "lo"], "it is said as it was said first");
+        (standin.calls().len(), thought.usage.unwrap().output_tokens)
+    };
+    assert_eq!(asked(|_| ()).await, (1, 2));
+    assert_eq!(asked(|_| ()).await, (1, 0), "what was answered before consumes nothing");
+    assert_eq!(asked(|question| question.now = question.now.plus(60_000)).await.0, 1, "a minute later");
+    assert_eq!(asked(|question| question.now = question.now.plus(86_400_000)).await.0, 2, "another day");
+    let elsewhere = |question: &mut Question| question.key.tenant = TenantId::new("other").unwrap();
+    assert_eq!(asked(elsewhere).await.0, 3, "another tenant's answers are its own");
+    let unlike = |question: &mut Question| {
+        question.stimulus = Arc::new(Stimulus::text(Source::Http, Channel::new("chat").unwrap(), "hi?", Millis(0)));
+    };
+    assert_eq!(asked(unlike).await.0, 4, "another question");
+    let forbidden = |question: &mut Question| question.profile = Arc::new(Profile::default());
+    assert_eq!((asked(forbidden).await.0, asked(forbidden).await.0), (5, 6));
 }
 
 #[tokio::test]
@@ -517,7 +546,8 @@ async fn what_was_told_answers_a_later_question_without_a_model() {
         store.submit(Unit { key: told.key, fence: Fence::default(), work, done });
         head = end.await.unwrap().unwrap().head;
     }
-    let memory = Memory::new(&config::Config::default().memory, Arc::new(store.clone()), Clock::System).unwrap();
+    let (settings, cache) = (config::Config::default().memory, TieredCache::new(Options::default()));
+    let memory = Memory::new(&settings, Arc::new(store.clone()), Clock::System, &cache).unwrap();
     let answers = async |text: &str| {
         let mut asked = question(text, PATIENCE);
         asked.recollection = memory.recall(&asked.key, text, 8, PATIENCE).await.unwrap();

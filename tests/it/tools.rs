@@ -16,6 +16,7 @@ use sophont::{
         Config,
         tools::{Fetching, McpServer, Tools},
     },
+    scaling::cache::{Options, TieredCache},
     store::Episode,
     tools::{Call, Fetch, Output, Recall, Registry},
     types::{Action, InstanceId, InstanceKey, Millis, Profile, TenantId, ToolResult, ToolSpec},
@@ -85,7 +86,7 @@ impl Bench {
     pub fn new(settings: Tools, named: &[&str]) -> Self {
         let tools = named.iter().map(|name| (*name).to_owned()).collect();
         Self {
-            registry: Registry::new(settings, Arc::new(Echo)).unwrap(),
+            registry: Registry::new(settings, Arc::new(Echo), TieredCache::new(Options::default())).unwrap(),
             key: InstanceKey::new(TenantId::new("default").unwrap(), InstanceId::new("i").unwrap()),
             profile: Profile { tools, ..Profile::default() },
         }
@@ -199,6 +200,35 @@ async fn a_troublesome_server_troubles_nobody_else() {
 pub fn runs(pid: &str) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     status.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with('Z'))
+}
+
+#[tokio::test]
+async fn a_result_is_held_where_the_settings_and_the_server_say_so() {
+    let server = McpServer { cache: vec![String::from("look"), String::from("touch")], ..over_stdio() };
+    let held = Bench::new(settings([("trouble", server)]), &["trouble.*"]);
+    held.offered().await;
+    let call = async |bench: &Bench, tool: &str, arguments: Value| {
+        let told = bench.call(&format!("trouble__{tool}"), arguments).await;
+        assert!(!told.failed, "{told:?}");
+        told.content
+    };
+    let at = |place: &str| json!({"place": place, "closely": true});
+    assert_eq!(call(&held, "look", at("here")).await, "here: 1");
+    assert_eq!(call(&held, "look", json!({"closely": true, "place": "here"})).await, "here: 1", "it was not called");
+    assert_eq!(call(&held, "look", at("there")).await, "there: 2", "other arguments");
+    assert_eq!(call(&held, "touch", json!({})).await, "3");
+    assert_eq!(
+        call(&held, "touch", json!({})).await,
+        "4",
+        "what has an effect is called each time, whatever the settings say"
+    );
+    let other = Bench { key: InstanceKey::new(TenantId::new("other").unwrap(), held.key.instance.clone()), ..held };
+    assert_eq!(call(&other, "look", at("here")).await, "here: 5", "another tenant's");
+
+    let unnamed = Bench::new(settings([("trouble", over_stdio())]), &["trouble.*"]);
+    unnamed.offered().await;
+    assert_eq!(call(&unnamed, "look", at("here")).await, "here: 1");
+    assert_eq!(call(&unnamed, "look", at("here")).await, "here: 2", "nobody said that it may be held");
 }
 
 #[tokio::test]

@@ -85,7 +85,7 @@ impl Here for Local {
             Question::PutProfile(json) => {
                 let profile: Profile =
                     serde_json::from_str(json.get()).map_err(|error| Error::Invalid(error.to_string()))?;
-                let mind = self.environment.minds.of(&Arc::new(profile))?;
+                let mind = self.environment.minds.of(&key.tenant, &Arc::new(profile))?;
                 let created = self.told(key, |answer| What::PutProfile(mind, answer)).await?;
                 Ok(Told::Stored { created })
             }

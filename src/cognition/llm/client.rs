@@ -257,6 +257,11 @@ impl Client {
         }
     }
 
+    /// What is asked.
+    pub(super) fn url(&self) -> &str {
+        &self.url
+    }
+
     fn toolless(&self) -> MutexGuard<'_, BTreeSet<String>> {
         self.toolless.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -21,6 +21,8 @@ use crate::{
 const LEFT_OUT: &str = "[left out: an older result]";
 /// Least room that is shared out, whatever the window.
 const LEAST: usize = 256;
+/// Bytes of a time that say the day.
+const DAY: usize = 10;
 /// What the sentences around the parts cost at most.
 const AROUND: usize = 96;
 
@@ -158,7 +160,9 @@ fn system(question: &Question, chat: &Chat, room: &mut Room) -> String {
     }
     let mut text = room.cut(&text, 4).to_owned();
     text.push_str("\n\nNow: ");
-    text.push_str(&question.now.to_rfc3339());
+    let now = question.now.to_rfc3339();
+    // Two requests that differ in the time alone are to be alike where one answer does for both.
+    text.push_str(if question.profile.cache_answers { now.get(..DAY).unwrap_or(&now) } else { &now });
     let state = &question.state;
     if !state.desired.is_empty() || !state.reported.is_empty() {
         let json = serde_json::json!({"desired": state.desired, "reported": state.reported}).to_string();

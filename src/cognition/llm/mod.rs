@@ -12,6 +12,7 @@
 //!
 //! Tests: at the foot of each file; `tests/it/thinking.rs`.
 
+mod answers;
 mod breaker;
 mod client;
 mod context;
@@ -48,7 +49,10 @@ use super::{
 };
 use crate::{
     config,
-    scaling::pool::{Limits, Tally},
+    scaling::{
+        cache::TieredCache,
+        pool::{Limits, Tally},
+    },
     telemetry::metric,
     types::{Chat, Message, Profile, RawJson, Reply, chat::LeftCalls, step::Answered},
 };
@@ -69,6 +73,7 @@ const CONNECT: Duration = Duration::from_secs(5);
 /// Asks language models.
 #[derive(Debug)]
 pub struct Llm {
+    cache: TieredCache,
     providers: BTreeMap<String, Provider>,
     /// The provider of profiles that name none.
     default: Option<String>,
@@ -93,7 +98,7 @@ impl Llm {
     /// # Errors
     /// [`Error::Settings`] names the provider whose address or key is wrong or missing, [`Error::NoProvider`] an unknown
     /// default.
-    pub fn new(config: &config::Cognition) -> Result<Self, Error> {
+    pub fn new(config: &config::Cognition, cache: TieredCache) -> Result<Self, Error> {
         let http = reqwest::Client::builder()
             .connect_timeout(CONNECT)
             .redirect(reqwest::redirect::Policy::none())
@@ -114,7 +119,7 @@ impl Llm {
             name if providers.contains_key(name) => Some(name.to_owned()),
             name => return Err(Error::NoProvider(name.to_owned())),
         };
-        Ok(Self { providers, default })
+        Ok(Self { cache, providers, default })
     }
 
     /// The provider and model a profile means: `PROVIDER/MODEL`, `PROVIDER`, or nothing for the defaults.
@@ -190,8 +195,12 @@ impl Engine for Llm {
             let (max_tokens, options) = provider.options(&chat, &course, &tools);
             let ask =
                 Ask { who: &question.key, model, messages: &messages, tools: &tools, max_tokens, options: &options };
-            let Answer { text, calls, usage } = provider.ask(ask, course.left(), &utterance).await?;
-            provider.strain.learn(tokens::of_all(&messages) + of_tools(&tools), usage.input_tokens);
+            let answered = provider.held_or_asked(&self.cache, &question.profile, ask, &course, &utterance);
+            let Answer { text, calls, usage } = answered.await?;
+            // What was answered before consumes nothing, and teaches nothing.
+            if usage.input_tokens > 0 {
+                provider.strain.learn(tokens::of_all(&messages) + of_tools(&tools), usage.input_tokens);
+            }
             // A model that calls what it was not offered has said its last word.
             let calls = if tools.is_empty() { Vec::new() } else { calls };
             let answer = Answered { text, pieces: utterance.pieces(), calls, model: named.clone(), usage };
@@ -492,7 +501,11 @@ impl Drop for Account<'_> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::types::profile::EngineName;
+    use crate::{scaling::cache::Options, types::profile::EngineName};
+
+    fn prepared(config: &config::Cognition) -> Result<Llm, Error> {
+        Llm::new(config, TieredCache::new(Options::default()))
+    }
 
     fn cognition(default: &str, providers: &[(&str, &str)]) -> config::Cognition {
         let provider = |model: &str| config::Provider {
@@ -522,16 +535,16 @@ mod tests {
 
     #[test]
     fn a_profile_means_a_provider_and_a_model() {
-        let llm = Llm::new(&cognition("b", &[("a", "small"), ("b", "")])).unwrap();
+        let llm = prepared(&cognition("b", &[("a", "small"), ("b", "")])).unwrap();
         let pair = |name: &str, model: &str| Ok((name.to_owned(), model.to_owned()));
         assert_eq!(chosen(&llm, Some("a")), pair("a", "small"));
         assert_eq!(chosen(&llm, Some("a/org/large")), pair("a", "org/large"));
         assert_eq!(chosen(&llm, Some("b/m")), pair("b", "m"));
         assert!(chosen(&llm, None).unwrap_err().contains("name one: b/MODEL"));
         assert!(chosen(&llm, Some("c/m")).unwrap_err().contains("no model provider 'c'"));
-        let only = Llm::new(&cognition("", &[("a", "small")])).unwrap();
+        let only = prepared(&cognition("", &[("a", "small")])).unwrap();
         assert_eq!(chosen(&only, None), pair("a", "small"));
-        assert!(chosen(&Llm::new(&cognition("", &[("a", "x"), ("b", "y")])).unwrap(), None).is_err());
+        assert!(chosen(&prepared(&cognition("", &[("a", "x"), ("b", "y")])).unwrap(), None).is_err());
     }
 
     #[test]
@@ -551,12 +564,12 @@ mod tests {
 
     #[test]
     fn wrong_providers_are_refused_at_start() {
-        assert!(matches!(Llm::new(&cognition("x", &[("a", "m")])), Err(Error::NoProvider(name)) if name == "x"));
+        assert!(matches!(prepared(&cognition("x", &[("a", "m")])), Err(Error::NoProvider(name)) if name == "x"));
         let mut bad = cognition("", &[("a", "m")]);
         bad.providers.get_mut("a").unwrap().base_url = String::from("ftp://x/v1");
-        assert!(Llm::new(&bad).unwrap_err().to_string().contains("provider 'a': base_url must begin"));
+        assert!(prepared(&bad).unwrap_err().to_string().contains("provider 'a': base_url must begin"));
         bad.providers.get_mut("a").unwrap().base_url = String::from("http://x/v1");
         bad.providers.get_mut("a").unwrap().api_key_env = String::from("SOPHONT_TEST_NO_SUCH_KEY");
-        assert!(Llm::new(&bad).unwrap_err().to_string().contains("SOPHONT_TEST_NO_SUCH_KEY is not set"));
+        assert!(prepared(&bad).unwrap_err().to_string().contains("SOPHONT_TEST_NO_SUCH_KEY is not set"));
     }
 }

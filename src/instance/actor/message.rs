@@ -110,6 +110,8 @@ pub struct Fence;
 pub struct Observe {
     /// Whether the question comes from passivation, which also packs the state.
     pub pack: bool,
+    /// Whether it leaves memory if it is idle: it leaves a snapshot behind.
+    pub leave: bool,
 }
 
 /// What an instance says of itself.
@@ -199,7 +201,7 @@ impl Handler<Fence> for InstanceActor {
 
 impl Handler<Observe> for InstanceActor {
     type Result = Observed;
-    fn handle(&mut self, Observe { pack }: Observe, _: &mut Context<Self>) -> Observed {
+    fn handle(&mut self, Observe { pack, leave }: Observe, _: &mut Context<Self>) -> Observed {
         if pack
             && self.agenda.is_none()
             && let State::Open(state) = &self.kept.state
@@ -208,6 +210,9 @@ impl Handler<Observe> for InstanceActor {
         }
         if pack && self.agenda.is_none() {
             self.kept.past = None;
+        }
+        if leave {
+            self.leave_snapshot();
         }
         let in_hand = |agenda: &Agenda| agenda.thinking.as_ref().map_or(0, |thinking| 1 + thinking.others.len());
         let inbox = self.agenda.as_ref().map_or(0, |agenda| agenda.inbox.len() + in_hand(agenda));

@@ -9,6 +9,7 @@
 mod attend;
 mod commit;
 pub mod message;
+mod passivate;
 mod recent;
 mod think;
 mod unheard;
@@ -265,8 +266,14 @@ impl InstanceActor {
         self.become_(Phase::Activating);
         self.kept.lodged = self.kept.tenure.lodged();
         let store = self.environment.store.clone();
-        let key = self.key.clone();
-        ctx.spawn(async move { store.load(&key).await }.into_actor(self).map(|loaded, actor, ctx| {
+        let (key, snapshot) = (self.key.clone(), self.snapshot());
+        let load = async move {
+            match snapshot {
+                Some(snapshot) => store.load_with(&key, snapshot).await,
+                None => store.load(&key).await,
+            }
+        };
+        ctx.spawn(load.into_actor(self).map(|loaded, actor, ctx| {
             if actor.phase == Phase::Fenced {
                 return actor.go_on(ctx);
             }
@@ -286,8 +293,9 @@ impl InstanceActor {
     }
 
     fn take_over(&mut self, loaded: Loaded) -> Result<(), Error> {
+        self.came_back(&loaded);
         self.mind = match loaded.profile {
-            Some(profile) => Some(self.environment.minds.of(&profile)?),
+            Some(profile) => Some(self.environment.minds.of(&self.key.tenant, &profile)?),
             None => None,
         };
         self.kept.exists = loaded.exists;

@@ -6,7 +6,7 @@
 //! own. Not here: what any of them holds.
 //!
 //! Invariants: an actor that died is replaced within a second or by the next message, and costs nothing but what it had in hand;
-//! a full mailbox is a miss, or a value that is not written. Tests: at the foot; `tests/it/cache.rs`.
+//! a full mailbox is a miss, or a value that is not written. Tests: `tests`; `tests/it/cache.rs`.
 
 use std::{
     path::PathBuf,
@@ -22,12 +22,12 @@ use tokio::sync::oneshot;
 use super::{
     breaker::Breaker,
     entry::Entry,
-    figures::Figures,
+    figures::{Figures, TIERS},
     flight::{Flights, Outcome, PATIENCE, Turn},
     l1::L1,
     l2::L2,
     shelf::{self, Shelf},
-    slot::Slot,
+    slot::{Kind, Slot},
 };
 use crate::runtime::clock::Clock;
 
@@ -37,6 +37,9 @@ const JOINS: usize = 131_072;
 const WRITES: usize = 1024;
 /// Writes to Redis under way at once.
 const UNDER_WAY: usize = 256;
+/// How long a state stays in Redis, in milliseconds: nobody takes it from there who does not know, or is not told, that it is the
+/// newest. How long it may be served unasked is another matter, and shorter.
+const STATE_MS: i64 = 3_600_000;
 /// How often the tiers are looked after.
 const TICK: Duration = Duration::from_secs(1);
 
@@ -191,16 +194,16 @@ impl CacheSupervisor {
         let Some(shared) = self.shared.upgrade() else { return };
         let parts = &self.parts;
         let old = self.tiers.take();
-        let l1 = living(old.as_ref().map(|tiers| &tiers.l1)).unwrap_or_else(|| {
+        let l1 = self.living(0, old.as_ref().map(|tiers| &tiers.l1)).unwrap_or_else(|| {
             let l1 = L1Actor { flights: Flights::default(), figures: parts.figures.clone(), l1: parts.l1.clone() };
             L1Actor::start_in_arbiter(&parts.arbiter, |_| l1)
         });
-        let l2 = living(old.as_ref().map(|tiers| &tiers.l2)).unwrap_or_else(|| {
+        let l2 = self.living(1, old.as_ref().map(|tiers| &tiers.l2)).unwrap_or_else(|| {
             let l2 = L2Actor { parts: parts.clone(), under_way: 0 };
             L2Actor::start_in_arbiter(&parts.arbiter, |_| l2)
         });
         let l3 = parts.l3.as_ref().map(|(folder, bytes)| {
-            living(old.as_ref().and_then(|tiers| tiers.l3.as_ref())).unwrap_or_else(|| {
+            self.living(2, old.as_ref().and_then(|tiers| tiers.l3.as_ref())).unwrap_or_else(|| {
                 let (folder, bytes, parts) = (folder.clone(), *bytes, parts.clone());
                 L3Actor::start_in_arbiter(&self.parts.disk, move |_| L3Actor {
                     parts,
@@ -215,14 +218,16 @@ impl CacheSupervisor {
         shared.tiers.store(Some(Arc::new(tiers.clone())));
         self.tiers = Some(tiers);
     }
-}
 
-fn living<A: Actor>(address: Option<&Addr<A>>) -> Option<Addr<A>> {
-    let address = address?;
-    if !address.connected() {
-        tracing::error!("a tier of the cache died and is replaced");
+    /// The actor of a tier, if it lives. One that died is counted.
+    fn living<A: Actor>(&self, tier: usize, address: Option<&Addr<A>>) -> Option<Addr<A>> {
+        let address = address?;
+        if !address.connected() {
+            tracing::error!(tier = TIERS[tier], "the actor of a tier of the cache died and is replaced");
+            self.parts.figures.replaced(tier);
+        }
+        address.connected().then(|| address.clone())
     }
-    address.connected().then(|| address.clone())
 }
 
 impl Actor for CacheSupervisor {
@@ -399,9 +404,10 @@ impl Handler<Write> for L2Actor {
                 }
                 self.under_way += 1;
                 let (link, now) = (link.clone(), self.parts.clock.now());
+                let usable = if slot.kind == Kind::State { entry.made.plus(STATE_MS) } else { entry.usable };
                 let work = async move {
                     if let Some(frozen) = frozen {
-                        link.put(&slot, &frozen, entry.usable, now).await;
+                        link.put(&slot, &frozen, usable, now).await;
                     }
                     if let Some(guard) = guard {
                         link.free(&slot, guard).await;
@@ -533,3 +539,6 @@ impl Handler<Sizes> for L3Actor {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

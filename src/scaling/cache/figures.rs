@@ -16,7 +16,7 @@ pub const TIERS: [&str; 3] = ["l1", "l2", "l3"];
 pub enum Read {
     /// It had it.
     Hit,
-    /// It had it, and the owner said that nothing is newer.
+    /// It had it, and the owner or the store said that nothing is newer.
     Validated,
     /// It had it, no longer fresh, and it was served all the same.
     Stale,
@@ -38,6 +38,7 @@ pub struct Figures {
     limits: [Gauge; 3],
     up: [Gauge; 3],
     skipped: [Counter; 3],
+    replaced: [Counter; 3],
     invalidations: [Counter; 2],
     answers: [Counter; ANSWERS.len()],
 }
@@ -77,6 +78,7 @@ impl Default for Figures {
             limits: TIERS.map(|tier| metrics::gauge!(metric::CACHE_LIMIT, "tier" => tier)),
             up: TIERS.map(|tier| metrics::gauge!(metric::CACHE_UP, "tier" => tier)),
             skipped: TIERS.map(|tier| metrics::counter!(metric::CACHE_SKIPPED, "tier" => tier)),
+            replaced: TIERS.map(|tier| metrics::counter!(metric::CACHE_REPLACED, "tier" => tier)),
             answers: ANSWERS.map(|result| metrics::counter!(metric::CACHE_OWNER_ANSWERS, "result" => result)),
             invalidations: ["sent", "heard"].map(|way| metrics::counter!(metric::CACHE_INVALIDATIONS, "way" => way)),
         }
@@ -125,6 +127,11 @@ impl Figures {
     /// A tier was passed over: it is down, or has too much to do.
     pub fn skipped(&self, tier: usize) {
         self.skipped[tier].increment(1);
+    }
+
+    /// The actor of a tier died and was replaced.
+    pub fn replaced(&self, tier: usize) {
+        self.replaced[tier].increment(1);
     }
 
     /// An owner answered about a state.

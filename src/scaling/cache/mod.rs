@@ -54,7 +54,7 @@ use l2::L2;
 use link::{Guard, Link};
 use policy::Policies;
 use region::Region;
-pub use slot::{Kind, Packed, Slot, Value};
+pub use slot::{Kind, Local, Packed, Slot, Value};
 pub use states::States;
 use stripes::{Filling, Stripes};
 
@@ -114,6 +114,12 @@ impl Sizes {
 /// The cache of a node. Cheap to clone; all methods may be called from any thread.
 #[derive(Clone)]
 pub struct TieredCache(Arc<Inner>);
+
+impl std::fmt::Debug for TieredCache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TieredCache").field("bytes", &self.weighed()).finish_non_exhaustive()
+    }
+}
 
 struct Inner {
     l1: L1,
@@ -250,13 +256,46 @@ impl TieredCache {
             return Ok(load().await?.map(Arc::new));
         }
         match self.look::<V>(slot, version) {
-            Look::Fresh(value) => return Ok(value),
+            Look::Fresh(value) => Ok(value),
             Look::Stale(value) => {
                 self.renew(slot, version, load);
-                return Ok(value);
+                Ok(value)
             }
-            Look::Miss => {}
+            Look::Miss => self.find_or_load(slot, version, load).await,
         }
+    }
+
+    /// As [`TieredCache::get_or_load`], for what is made as a part of the caller's own work and so does not outlive it. Nothing is
+    /// served that is no longer fresh.
+    ///
+    /// Cancel safe: as there.
+    ///
+    /// # Errors
+    /// Those of `make`, also for those who waited for it.
+    pub async fn get_or_make<V, E, L, F>(&self, slot: &Slot, version: u64, make: L) -> Result<Option<Arc<V>>, E>
+    where
+        V: Value,
+        E: Clone + Send + Sync + 'static,
+        L: FnOnce() -> F,
+        F: Future<Output = Result<Option<V>, E>>,
+    {
+        if self.0.policies.load().of_kind(slot.kind).ttl.is_zero() {
+            return Ok(make().await?.map(Arc::new));
+        }
+        match self.look::<V>(slot, version) {
+            Look::Fresh(value) => Ok(value),
+            Look::Stale(_) | Look::Miss => self.find_or_load(slot, version, make).await,
+        }
+    }
+
+    /// What the first tier does not have: from those below, or loaded, by one for all.
+    async fn find_or_load<V, E, L, F>(&self, slot: &Slot, version: u64, load: L) -> Result<Option<Arc<V>>, E>
+    where
+        V: Value,
+        E: Clone + Send + Sync + 'static,
+        L: FnOnce() -> F,
+        F: Future<Output = Result<Option<V>, E>>,
+    {
         match self.0.crew.join(slot).await {
             Turn::Lead(lead) => {
                 let end = match self.peek(slot, version) {
@@ -288,12 +327,40 @@ impl TieredCache {
         }
     }
 
+    /// What the first tier has under a key and is fresh, for a caller who finds out whether it still is so, and tells with
+    /// [`TieredCache::proved`]. Not counted.
+    pub fn held<V: Value>(&self, slot: &Slot) -> Option<Arc<V>> {
+        if self.0.policies.load().of_kind(slot.kind).ttl.is_zero() {
+            return None;
+        }
+        let entry = self.0.l1.get(slot).filter(|entry| self.0.clock.now() < entry.fresh)?;
+        entry.into_value::<V>()
+    }
+
+    /// Counts a read of what has to be proved: whether something was held, and still was so.
+    pub fn proved(&self, kind: Kind, still: bool) {
+        self.0.figures.read(0, kind, if still { Read::Validated } else { Read::Miss });
+    }
+
     /// Holds a value that was made otherwise, in all tiers of its type; a newer one that is held stays.
     pub fn put<V: Value>(&self, slot: &Slot, version: u64, value: V) {
         let entry = self.entry(slot, version, Some(value));
         if !self.0.policies.load().of_kind(slot.kind).ttl.is_zero() && self.0.l1.put(slot, entry.clone()) {
             self.write(slot, &entry, None);
         }
+    }
+
+    /// As [`TieredCache::put`], of what only lives in this process, whichever version is held.
+    pub fn replace<V: Value>(&self, slot: &Slot, version: u64, value: V) {
+        let entry = self.entry(slot, version, Some(value));
+        if !self.0.policies.load().of_kind(slot.kind).ttl.is_zero() {
+            self.0.l1.change(slot, |_| Op::Put(entry.clone()));
+        }
+    }
+
+    /// Drops what is held of what only lives in this process.
+    pub fn let_go(&self, slot: &Slot) {
+        self.0.l1.remove(slot);
     }
 
     /// What is held under a key is wrong from now on: it is dropped from all tiers here, and fills under way are void. Other
@@ -433,7 +500,12 @@ impl TieredCache {
                         link.free(slot, token).await;
                         return Ok(entry);
                     }
-                    return self.load(slot, version, load, Some(token)).await;
+                    let end = self.load(slot, version, load, Some(token)).await;
+                    if end.is_err() {
+                        // The next one who asks need not wait for the guard's own end.
+                        link.free(slot, token).await;
+                    }
+                    return end;
                 }
                 Guard::Unknown => break,
                 Guard::Theirs => {
@@ -527,7 +599,7 @@ mod tests {
     use std::sync::atomic::AtomicUsize;
 
     use super::*;
-    use crate::types::TenantId;
+    use crate::types::{RawJson, TenantId};
 
     fn slot(kind: Kind, id: &str) -> Slot {
         Slot::new(kind, &TenantId::new("t").unwrap(), id)
@@ -557,7 +629,7 @@ mod tests {
     #[tokio::test]
     async fn a_value_is_loaded_once_until_its_time_is_over_or_its_version_is() {
         let clock = Clock::manual(Millis(0));
-        let (cache, loads, slot) = (cache(&clock), Arc::default(), slot(Kind::Profile, "a"));
+        let (cache, loads, slot) = (cache(&clock), Arc::default(), slot(Kind::Answer, "a"));
         assert_eq!(get(&cache, &slot, 1, Some("one"), &loads).await.as_deref(), Some("one"));
         assert_eq!(get(&cache, &slot, 1, Some("two"), &loads).await.as_deref(), Some("one"));
         assert_eq!(
@@ -566,7 +638,7 @@ mod tests {
             "a newer one is asked for"
         );
         assert_eq!(get(&cache, &slot, 1, Some("three"), &loads).await.as_deref(), Some("two"), "and never goes back");
-        clock.advance(3_600_000);
+        clock.advance(86_400_000);
         assert_eq!(get(&cache, &slot, 1, Some("four"), &loads).await.as_deref(), Some("four"), "its time is over");
         cache.invalidate(&slot);
         assert_eq!(get(&cache, &slot, 1, Some("five"), &loads).await.as_deref(), Some("five"));
@@ -575,7 +647,7 @@ mod tests {
     #[tokio::test]
     async fn that_there_is_nothing_is_remembered_for_a_short_time() {
         let clock = Clock::manual(Millis(0));
-        let (cache, loads, slot) = (cache(&clock), Arc::<AtomicUsize>::default(), slot(Kind::Profile, "a"));
+        let (cache, loads, slot) = (cache(&clock), Arc::<AtomicUsize>::default(), slot(Kind::Answer, "a"));
         assert_eq!(get(&cache, &slot, 0, None, &loads).await, None);
         assert_eq!(get(&cache, &slot, 0, None, &loads).await, None);
         assert_eq!(loads.load(Ordering::SeqCst), 1);
@@ -586,7 +658,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_dropped_while_it_is_loaded_is_not_held() {
         let cache = cache(&Clock::System);
-        let slot = slot(Kind::Profile, "a");
+        let slot = slot(Kind::Answer, "a");
         let (dropper, dropped) = (cache.clone(), slot.clone());
         let load = move || async move {
             dropper.invalidate(&dropped);
@@ -598,14 +670,14 @@ mod tests {
         cache.put(&slot, 2, String::from("old"));
         assert_eq!(cache.get::<String>(&slot, 0).flatten().as_deref().map(String::as_str), Some("new"));
         assert_eq!(cache.get::<String>(&slot, 4), None, "a newer one is wanted");
-        assert_eq!(cache.get::<Vec<f32>>(&slot, 0), None, "it is of another type");
+        assert_eq!(cache.get::<RawJson>(&slot, 0), None, "it is of another type");
     }
 
     #[tokio::test]
     async fn a_type_with_no_time_to_live_is_not_held() {
-        let policy = config::Cache { ttl: config::CacheTtl { profile: 0, ..Default::default() }, ..Default::default() };
+        let policy = config::Cache { ttl: config::CacheTtl { answer: 0, ..Default::default() }, ..Default::default() };
         let cache = TieredCache::new(Options { policy, ..Options::default() });
-        let (loads, slot) = (Arc::<AtomicUsize>::default(), slot(Kind::Profile, "a"));
+        let (loads, slot) = (Arc::<AtomicUsize>::default(), slot(Kind::Answer, "a"));
         get(&cache, &slot, 0, Some("a"), &loads).await;
         cache.put(&slot, 0, String::from("a"));
         get(&cache, &slot, 0, Some("a"), &loads).await;

@@ -38,11 +38,11 @@ impl Policies {
         let policy = |kind: Kind| {
             let (ttl, stale, l2, l3) = match kind {
                 Kind::State => (ttl.state, 0, true, false),
-                Kind::Profile => (ttl.profile, stale.profile, true, false),
-                // Rights that were withdrawn must not live on elsewhere.
-                Kind::Auth => (ttl.auth, 0, false, false),
-                Kind::Prompt => (ttl.prompt, stale.prompt, false, false),
-                Kind::Recall => (ttl.recall, 0, true, false),
+                // These live in this process only.
+                Kind::Profile => (ttl.profile, 0, false, false),
+                Kind::Snapshot => (ttl.snapshot, 0, false, false),
+                // A recall that is asked once must not pay for a server, and what was forgotten is in none.
+                Kind::Recall => (ttl.recall, 0, false, false),
                 Kind::Embedding => (ttl.embedding, 0, true, true),
                 Kind::Answer => (ttl.answer, 0, true, true),
                 Kind::Tool => (ttl.tool, stale.tool, true, true),
@@ -83,9 +83,11 @@ mod tests {
     #[test]
     fn defaults_are_as_documented() {
         let seconds = |kind| policies().of_kind(kind).ttl.as_secs();
-        assert_eq!((seconds(Kind::Auth), seconds(Kind::Profile), seconds(Kind::Prompt)), (300, 3600, 86_400));
-        let prompt = *policies().of_kind(Kind::Prompt);
-        assert!(!prompt.l2 && !prompt.l3, "prompts stay in memory");
+        assert_eq!((seconds(Kind::State), seconds(Kind::Profile), seconds(Kind::Tool)), (30, 3600, 300));
+        for kind in [Kind::Profile, Kind::Snapshot, Kind::Recall] {
+            let policy = *policies().of_kind(kind);
+            assert!(!policy.l2 && !policy.l3, "{} stays in memory", kind.name());
+        }
         let below: Vec<_> = Kind::ALL.into_iter().filter(|kind| policies().of_kind(*kind).l3).collect();
         assert_eq!(below, [Kind::Embedding, Kind::Answer, Kind::Tool]);
     }
@@ -101,9 +103,9 @@ mod tests {
     #[test]
     fn nothing_is_remembered_for_a_shorter_time_and_never_served_late() {
         let policies = policies();
-        let (fresh, usable) = policies.until(Kind::Prompt, true, Millis(0), 0);
+        let (fresh, usable) = policies.until(Kind::Tool, true, Millis(0), 0);
         assert!(usable > fresh);
-        let (fresh, usable) = policies.until(Kind::Prompt, false, Millis(0), 0);
+        let (fresh, usable) = policies.until(Kind::Tool, false, Millis(0), 0);
         assert_eq!(fresh, usable);
         assert!(fresh.0 <= 10_000, "{fresh:?}");
     }

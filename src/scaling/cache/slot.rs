@@ -11,7 +11,7 @@ use std::{
 use bytes::Bytes;
 use equivalent::Equivalent;
 
-use crate::types::{InstanceKey, RawJson, StateSnapshot, TenantId};
+use crate::types::{InstanceKey, RawJson, StateSnapshot, TenantId, memory::Vector};
 
 /// A data type: what decides how long something is held, and where.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -19,13 +19,11 @@ use crate::types::{InstanceKey, RawJson, StateSnapshot, TenantId};
 pub enum Kind {
     /// Committed states of instances.
     State,
-    /// Profiles and heads of instances.
+    /// Profiles made ready: rules compiled. The key is the profile's hash.
     Profile,
-    /// Who a caller is and what they may.
-    Auth,
-    /// Prompts and other texts made from profiles.
-    Prompt,
-    /// Results of recall. The key holds the memory's version, so that a new episode makes a new key.
+    /// Instances as they left memory. The head of their history says whether they still are so.
+    Snapshot,
+    /// Results of recall. The version is that of the memory, so that a new episode makes them void.
     Recall,
     /// Embeddings. The key is the content's hash and the model.
     Embedding,
@@ -37,16 +35,15 @@ pub enum Kind {
 
 impl Kind {
     /// All of them, by number.
-    pub const ALL: [Kind; 8] =
-        [Kind::State, Kind::Profile, Kind::Auth, Kind::Prompt, Kind::Recall, Kind::Embedding, Kind::Answer, Kind::Tool];
+    pub const ALL: [Kind; 7] =
+        [Kind::State, Kind::Profile, Kind::Snapshot, Kind::Recall, Kind::Embedding, Kind::Answer, Kind::Tool];
 
     /// Its name in settings, figures and keys.
     pub const fn name(self) -> &'static str {
         match self {
             Kind::State => "state",
             Kind::Profile => "profile",
-            Kind::Auth => "auth",
-            Kind::Prompt => "prompt",
+            Kind::Snapshot => "snapshot",
             Kind::Recall => "recall",
             Kind::Embedding => "embedding",
             Kind::Answer => "answer",
@@ -161,17 +158,21 @@ impl Value for String {
     }
 }
 
-/// An embedding, or any row of numbers.
-impl Value for Vec<f32> {
+/// An embedding.
+impl Value for Vector {
     fn weight(&self) -> usize {
-        self.capacity() * size_of::<f32>()
+        2 * self.dimension()
     }
     fn encode(&self) -> Option<Vec<u8>> {
-        Some(self.iter().flat_map(|number| number.to_le_bytes()).collect())
+        let planes = self.high.iter().chain(&self.low).map(|step| step.cast_unsigned());
+        Some(self.scale.to_le_bytes().into_iter().chain(planes).collect())
     }
     fn decode(bytes: &[u8]) -> Option<Self> {
-        let (numbers, []) = bytes.as_chunks::<4>() else { return None };
-        Some(numbers.iter().map(|number| f32::from_le_bytes(*number)).collect())
+        let (scale, planes) = bytes.split_first_chunk()?;
+        let planes: Vec<i8> = planes.iter().map(|byte| byte.cast_signed()).collect();
+        let (high, low) = planes.split_at(planes.len() / 2);
+        let whole = high.len() == low.len();
+        whole.then(|| Self { scale: f32::from_le_bytes(*scale), high: high.into(), low: low.into() })
     }
 }
 
@@ -236,6 +237,27 @@ impl<T: serde::Serialize + serde::de::DeserializeOwned + Send + Sync + 'static> 
     }
 }
 
+/// Something that only lives in this process, with what it takes there as told by whoever holds it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Local<T> {
+    /// The value.
+    pub value: T,
+    /// Bytes it takes, about.
+    pub bytes: usize,
+}
+
+impl<T: Send + Sync + 'static> Value for Local<T> {
+    fn weight(&self) -> usize {
+        self.bytes
+    }
+    fn encode(&self) -> Option<Vec<u8>> {
+        None
+    }
+    fn decode(_: &[u8]) -> Option<Self> {
+        None
+    }
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -260,11 +282,12 @@ mod tests {
         }
         there_and_back(&Bytes::from_static(b"x"));
         there_and_back(&String::from("é"));
-        there_and_back(&vec![1.5f32, -0.0]);
+        there_and_back(&Vector::of(&[1.5f32, -0.5, 0.1]).unwrap());
         there_and_back(&RawJson::parse("{\"a\":1}").unwrap());
         there_and_back(&StateSnapshot::new(7, 9, RawJson::parse("{}").unwrap()));
         there_and_back(&Packed::new(vec![(1u8, String::from("a"))]));
-        assert_eq!(Vec::<f32>::decode(&[0; 5]), None);
+        assert_eq!(Vector::decode(&[0; 5]), None);
+        assert_eq!(Local { value: 1u8, bytes: 1 }.encode(), None);
         assert_eq!(StateSnapshot::decode(b"short"), None);
     }
 

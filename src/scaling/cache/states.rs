@@ -3,8 +3,10 @@
 //! An entry is *sealed* when this process vouches for it: read or committed under an epoch of its shard. While that epoch lasts,
 //! every commit replaces it here before anybody is answered, so a sealed entry of the current epoch is the newest there is. In
 //! the second tier, where a commit does not reach it, the seal also counts the commits of the instance's stripe: as long as
-//! there was none since, what is written there is still the newest, whatever the server lost or kept. All else is a *copy*: it
-//! is served after the owner said that nothing is newer, or to those who said that they do not mind.
+//! there was none since, what is written there is still the newest, whatever the server lost or kept. That there is no such
+//! instance is held for a moment, until anything happens in its stripe. All else is a *copy*, here or in the second tier: it is
+//! served after the owner said that nothing is newer, or to those who said that they do not mind. What other nodes read is put
+//! into the second tier when it is committed, so that the owner need only say so.
 //!
 //! Not here: who owns what (`cluster`), asking the owner (`cluster::reads`). Invariants: a late fill never hides a commit; a commit
 //! refreshes what is held before anybody is answered, and holds nothing that nobody read.
@@ -29,6 +31,10 @@ use crate::types::{InstanceKey, Millis, StateSnapshot};
 
 /// Port: tells other nodes that a state they may hold has another version now, or is gone. Must not block.
 pub type Tell = Box<dyn Fn(&InstanceKey, Option<u64>) + Send + Sync>;
+
+/// For how long a node remembers that an instance it owns does not exist, in milliseconds, when nothing happens meanwhile. Another
+/// node may take in its first stimulus for an owner that does not answer, which the owner learns a little later.
+const NOTHING_MS: i64 = 1000;
 
 /// States by instance. Cheap to clone.
 #[derive(Clone)]
@@ -65,14 +71,22 @@ impl States {
 
     /// The state, for a node that owns the instance under this epoch. Counts a hit, and nothing else.
     pub fn owned(&self, key: &InstanceKey, epoch: u64) -> Option<Arc<StateSnapshot>> {
-        let state = self.sealed(key, epoch)?;
+        let state = self.sealed(key, epoch)??;
         self.count(Read::Hit);
         Some(state)
     }
 
-    fn sealed(&self, key: &InstanceKey, epoch: u64) -> Option<Arc<StateSnapshot>> {
+    /// What this node knows of an instance under this epoch: its state, or that there is none.
+    fn sealed(&self, key: &InstanceKey, epoch: u64) -> Option<Option<Arc<StateSnapshot>>> {
         let entry = self.cache.0.l1.state(key)?;
-        (entry.seal.is_some() && entry.seal.epoch == epoch).then(|| entry.into_value::<StateSnapshot>())?
+        if !entry.seal.is_some() || entry.seal.epoch != epoch {
+            return None;
+        }
+        if entry.is_negative() {
+            let still = entry.seal.commits == self.stripe(key).count() && self.cache.0.clock.now() < entry.fresh;
+            return still.then_some(None);
+        }
+        entry.into_value::<StateSnapshot>().map(Some)
     }
 
     /// The state where [`States::owned`] has none: from the second tier, or loaded, by one for all who want it at the time.
@@ -91,6 +105,10 @@ impl States {
         F: Future<Output = Result<Option<StateSnapshot>, E>>,
     {
         const ROUNDS: usize = 3;
+        if let Some(known) = self.sealed(key, epoch) {
+            self.count(Read::Hit);
+            return Ok(known);
+        }
         self.count(Read::Miss);
         let slot = Slot::of(Kind::State, key);
         for _ in 0..ROUNDS {
@@ -98,18 +116,17 @@ impl States {
                 Turn::Lead(lead) => {
                     let end = match self.sealed(key, epoch) {
                         // Somebody was quicker.
-                        Some(state) => {
+                        Some(known) => {
                             lead.end(Outcome::Again);
-                            return Ok(Some(state));
+                            return Ok(known);
                         }
                         None => self.fill(key, &slot, epoch, &load).await,
                     };
                     lead.end(match &end {
-                        Ok(Some(entry)) => Outcome::Entry(entry.clone()),
-                        Ok(None) => Outcome::Again,
+                        Ok(entry) => Outcome::Entry(entry.clone()),
                         Err(error) => Outcome::Failed(Arc::new(error.clone())),
                     });
-                    return Ok(end?.and_then(Entry::into_value::<StateSnapshot>));
+                    return Ok(end?.into_value::<StateSnapshot>());
                 }
                 // It is as good as read just now if nothing was committed since before it was read.
                 Turn::Ended(Outcome::Entry(entry))
@@ -124,18 +141,18 @@ impl States {
                 Turn::Ended(Outcome::Entry(_)) => {}
                 Turn::Ended(Outcome::Again) | Turn::Alone => break,
             }
-            if let Some(state) = self.sealed(key, epoch) {
-                return Ok(Some(state));
+            if let Some(known) = self.sealed(key, epoch) {
+                return Ok(known);
             }
         }
-        if let Some(state) = self.sealed(key, epoch) {
-            return Ok(Some(state));
+        if let Some(known) = self.sealed(key, epoch) {
+            return Ok(known);
         }
-        Ok(self.fill(key, &slot, epoch, &load).await?.and_then(Entry::into_value::<StateSnapshot>))
+        Ok(self.fill(key, &slot, epoch, &load).await?.into_value::<StateSnapshot>())
     }
 
     /// Reads the second tier, then the source, and holds what was found unless something was committed meanwhile.
-    async fn fill<E, L, F>(&self, key: &InstanceKey, slot: &Slot, epoch: u64, load: &L) -> Result<Option<Entry>, E>
+    async fn fill<E, L, F>(&self, key: &InstanceKey, slot: &Slot, epoch: u64, load: &L) -> Result<Entry, E>
     where
         L: Fn() -> F,
         F: Future<Output = Result<Option<StateSnapshot>, E>>,
@@ -151,18 +168,30 @@ impl States {
             inner.figures.read(1, Kind::State, if entry.is_some() { Read::Hit } else { Read::Miss });
             if let Some(entry) = entry {
                 self.hold(slot, &entry, &filling);
-                return Ok(Some(entry));
+                return Ok(entry);
             }
         }
         let began = Instant::now();
-        let Some(state) = load().await? else { return Ok(None) };
+        let state = load().await?;
         inner.figures.loaded(Kind::State, began.elapsed());
+        let Some(state) = state else {
+            let entry = self.nothing(slot).sealed(seal).below();
+            self.hold(slot, &entry, &filling);
+            return Ok(entry);
+        };
         let entry = self.entry(slot, Arc::new(state)).sealed(seal).below();
         self.hold(slot, &entry, &filling);
         if filling.is_current() {
             inner.crew.write(slot, &entry, below, false, None);
         }
-        Ok(Some(entry))
+        Ok(entry)
+    }
+
+    fn nothing(&self, slot: &Slot) -> Entry {
+        let now = self.cache.0.clock.now();
+        let (fresh, _) = self.cache.until(Kind::State, false, now);
+        let until = fresh.min(now.plus(NOTHING_MS));
+        Entry::new::<StateSnapshot>(slot, 0, None, now, (until, until))
     }
 
     fn entry(&self, slot: &Slot, state: Arc<StateSnapshot>) -> Entry {
@@ -173,7 +202,10 @@ impl States {
     fn hold(&self, slot: &Slot, entry: &Entry, filling: &Filling<'_>) {
         self.cache.0.l1.change(slot, |held| match held {
             Some(held)
-                if held.seal.is_some() && held.seal.epoch >= entry.seal.epoch && held.version >= entry.version =>
+                if held.seal.is_some()
+                    && !held.is_negative()
+                    && held.seal.epoch >= entry.seal.epoch
+                    && held.version >= entry.version =>
             {
                 Op::Nop
             }
@@ -206,11 +238,17 @@ impl States {
             return;
         }
         let slot = Slot::of(Kind::State, key);
+        // Other nodes read it: they are told that it changed, and find it there.
+        let lent = stripe.lent.load(Ordering::SeqCst) != 0 && self.cache.goes_below(Kind::State).0;
         let entry = self.entry(&slot, Arc::new(state())).sealed(seal);
-        self.cache.0.l1.change(&slot, |held| match held {
+        let entry = if lent { entry.below() } else { entry };
+        let put = self.cache.0.l1.change(&slot, |held| match held {
             Some(held) if held.seal.epoch != seal.epoch || held.version < version => Op::Put(entry.clone()),
             _ => Op::Nop,
         });
+        if put && lent {
+            self.cache.0.crew.write(&slot, &entry, true, false, None);
+        }
     }
 
     /// Something about an instance changed that is no change of its state: fills under way are void.
@@ -268,10 +306,30 @@ impl States {
         self.count(Read::Miss);
     }
 
-    /// Holds what the owner or the store said at this moment or later. A commit seen meanwhile is not hidden.
-    pub fn keep(&self, key: &InstanceKey, state: &Arc<StateSnapshot>, asked: Millis) {
+    /// What the second tier has of an instance: to be served once its owner said that nothing is newer. Not counted.
+    pub async fn second(&self, key: &InstanceKey) -> Option<Arc<StateSnapshot>> {
+        if !self.cache.goes_below(Kind::State).0 {
+            return None;
+        }
+        let slot = Slot::of(Kind::State, key);
+        let bytes = self.cache.0.l2.get(&slot).await?;
+        Frozen::read(&bytes)?.thaw::<StateSnapshot>(&slot)?.into_value::<StateSnapshot>()
+    }
+
+    /// A read that found no copy in the first tier was answered by one from the second, or was not.
+    pub fn seconded(&self, found: bool) {
+        if self.cache.goes_below(Kind::State).0 {
+            let how = if found { Read::Validated } else { Read::Miss };
+            self.cache.0.figures.read(1, Kind::State, how);
+        }
+    }
+
+    /// Holds what the owner or the store said at this moment or later. A commit seen meanwhile is not hidden. `below`: the second
+    /// tier has it, too.
+    pub fn keep(&self, key: &InstanceKey, state: &Arc<StateSnapshot>, asked: Millis, below: bool) {
         let slot = Slot::of(Kind::State, key);
         let entry = self.entry(&slot, state.clone());
+        let entry = if below { entry.below() } else { entry };
         self.cache.0.l1.change(&slot, |held| match held {
             Some(held) if held.version > entry.version && held.made >= asked => Op::Nop,
             _ => Op::Put(entry.clone()),
@@ -358,6 +416,29 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn that_there_is_nothing_is_known_until_something_happens() {
+        let (clock, key) = (crate::runtime::clock::Clock::manual(Millis(0)), key());
+        let cache = TieredCache::new(Options { clock: clock.clone(), ..Options::default() });
+        let (states, loads) = (States::new(cache, false), std::sync::atomic::AtomicUsize::new(0));
+        let look = async |epoch| {
+            let load = async || {
+                loads.fetch_add(1, Ordering::SeqCst);
+                Ok::<_, Infallible>(None)
+            };
+            assert!(states.load_owned(&key, epoch, load).await.unwrap().is_none());
+            loads.load(Ordering::SeqCst)
+        };
+        assert_eq!((look(1).await, look(1).await), (1, 1));
+        states.touch(&key);
+        assert_eq!((look(1).await, look(1).await), (2, 2), "it may have come to be");
+        assert_eq!(look(2).await, 3, "another tenure knows for itself");
+        clock.advance(NOTHING_MS);
+        assert_eq!(look(2).await, 4, "another node may have taken something in for it");
+        states.refresh(&key, 2, 1, || state(1));
+        assert_eq!(held(&states, 2), Some(1));
+    }
+
+    #[tokio::test]
     async fn what_belongs_to_another_tenure_is_not_trusted() {
         let states = states();
         load(&states, 1, 5).await;
@@ -371,14 +452,14 @@ mod tests {
     async fn copies_are_never_taken_for_the_owners_own() {
         let states = states();
         let asked = states.now();
-        states.keep(&key(), &Arc::new(state(4)), asked);
+        states.keep(&key(), &Arc::new(state(4)), asked, false);
         assert_eq!(held(&states, 0), None);
         assert_eq!(states.copy(&key()).map(|(state, fresh)| (state.version, fresh)), Some((4, true)));
         states.stale(&key(), Some(4));
         assert!(states.copy(&key()).is_some(), "it is the newest");
         states.stale(&key(), Some(5));
         assert!(states.copy(&key()).is_none());
-        states.keep(&key(), &Arc::new(state(4)), asked);
+        states.keep(&key(), &Arc::new(state(4)), asked, false);
         states.stale(&key(), None);
         assert!(states.copy(&key()).is_none());
     }

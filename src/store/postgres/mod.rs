@@ -68,7 +68,7 @@ use self::{
 };
 use super::{
     DeadLetter, Done, Episode, Error, Feed, Fence, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing, Pending,
-    Reader, Rejection, Remembered, Scope, Shipping, Stats, Store, Unit, Work, Writer,
+    Reader, Rejection, Remembered, Scope, Shipping, Snapshot, Stats, Store, Unit, Work, Writer,
 };
 use crate::{
     config,
@@ -458,7 +458,11 @@ impl Writer for PostgresStore {
 #[async_trait]
 impl Reader for PostgresStore {
     async fn load(&self, key: &InstanceKey) -> Result<Loaded, Error> {
-        self.load_instance(key).await
+        self.load_instance(key, None).await
+    }
+
+    async fn load_with(&self, key: &InstanceKey, snapshot: Arc<Snapshot>) -> Result<Loaded, Error> {
+        self.load_instance(key, Some(&snapshot)).await
     }
 
     async fn state(&self, key: &InstanceKey) -> Result<Option<StateSnapshot>, Error> {

@@ -16,7 +16,8 @@ use super::{
 };
 use crate::{
     store::{
-        DeadLetter, Error, Feed, Known, Listed, Loaded, MAX_LOCATED, MqttRow, Outgoing, Pending, Scope, Stats,
+        DeadLetter, Error, Feed, Known, Listed, Loaded, MAX_LOCATED, MqttRow, Outgoing, Pending, Scope, Snapshot,
+        Stats,
         journal::{self, Journal, Texts},
         record, replay,
     },
@@ -177,9 +178,11 @@ fn limit(count: usize) -> i64 {
 }
 
 impl PostgresStore {
-    pub(super) async fn load_instance(&self, key: &InstanceKey) -> Result<Loaded, Error> {
+    pub(super) async fn load_instance(&self, key: &InstanceKey, snapshot: Option<&Snapshot>) -> Result<Loaded, Error> {
         let names: (&str, &str) = (key.tenant.as_str(), key.instance.as_str());
-        let found = self.rows_of(&key.tenant, &LOAD, &[&names.0, &names.1, &PAGE]).await?;
+        // With a snapshot the newest turn is enough to see whether anything came since.
+        let turns = if snapshot.is_some() { 1 } else { PAGE };
+        let found = self.rows_of(&key.tenant, &LOAD, &[&names.0, &names.1, &turns]).await?;
         let Some(row) = found.first() else {
             return Ok(Loaded {
                 exists: false,
@@ -196,7 +199,13 @@ impl PostgresStore {
         let inbox: Vec<&[u8]> = row.try_get(3).map_err(column)?;
         let inbox =
             inbox.into_iter().map(|rec| record::decode_stimulus(rec).map(Arc::new)).collect::<Result<_, _>>()?;
-        let (state, turns_since_full, turn) = self.replay(key, life, row.try_get(4).map_err(column)?).await?;
+        let newest: Vec<&[u8]> = row.try_get(4).map_err(column)?;
+        let turn = newest.first().map_or(Ok(0), |rec| rows::decode(rec).map(|(_, record)| record.turn))?;
+        let same = snapshot.filter(|snapshot| snapshot.head == head(Standing { life, turn }));
+        let (state, turns_since_full, turn) = match same {
+            Some(snapshot) => (snapshot.state.clone(), snapshot.turns_since_full, turn),
+            None => self.replay(key, life, newest).await?,
+        };
         Ok(Loaded {
             exists: true,
             profile: rows::profile(row, 2)?,

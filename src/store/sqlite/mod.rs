@@ -60,7 +60,7 @@ use self::{
 };
 use super::{
     DeadLetter, Done, Episode, Error, Feed, Fence, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing, Pending,
-    Reader, Rejection, Remembered, Scope, Shipping, Stats, Store, Unit, Writer, record,
+    Reader, Rejection, Remembered, Scope, Shipping, Snapshot, Stats, Store, Unit, Writer, record,
 };
 use crate::{
     config,
@@ -272,7 +272,12 @@ impl Writer for SqliteStore {
 impl Reader for SqliteStore {
     async fn load(&self, key: &InstanceKey) -> Result<Loaded, Error> {
         let key = key.clone();
-        self.read(move |view| view.load(&key)).await
+        self.read(move |view| view.load(&key, None)).await
+    }
+
+    async fn load_with(&self, key: &InstanceKey, snapshot: Arc<Snapshot>) -> Result<Loaded, Error> {
+        let key = key.clone();
+        self.read(move |view| view.load(&key, Some(&snapshot))).await
     }
 
     async fn state(&self, key: &InstanceKey) -> Result<Option<StateSnapshot>, Error> {

@@ -15,8 +15,8 @@ use super::{
 };
 use crate::{
     store::{
-        DeadLetter, Error, Feed, Head, Known, Listed, Loaded, MAX_LOCATED, MqttRow, Outgoing, Pending, Scope, Stats,
-        links::Place, replay,
+        DeadLetter, Error, Feed, Head, Known, Listed, Loaded, MAX_LOCATED, MqttRow, Outgoing, Pending, Scope, Snapshot,
+        Stats, links::Place, replay,
     },
     types::{
         InstanceId, InstanceKey, Millis, Profile, StateChange, StateSnapshot, Stimulus, StimulusId, TenantId,
@@ -85,7 +85,7 @@ impl View {
         }
     }
 
-    pub(super) fn load(&self, key: &InstanceKey) -> Result<Loaded, Error> {
+    pub(super) fn load(&self, key: &InstanceKey, snapshot: Option<&Snapshot>) -> Result<Loaded, Error> {
         let settled = self.settled(key, |_| ())?;
         let Some((profile, created_at)) = instance(&settled.tx, key)? else {
             return Ok(Loaded {
@@ -100,7 +100,11 @@ impl View {
             });
         };
         let head = settled.head(key)?;
-        let (state, turns_since_full) = state(&settled.tx, key, head)?;
+        // Positions in the log are never used again: the same head is the same history.
+        let (state, turns_since_full) = match snapshot.filter(|snapshot| snapshot.head == head) {
+            Some(snapshot) => (snapshot.state.clone(), snapshot.turns_since_full),
+            None => state(&settled.tx, key, head)?,
+        };
         let inbox = inbox(&settled.tx, key)?;
         let journals = steps::journals(&settled.tx, key)?;
         Ok(Loaded {

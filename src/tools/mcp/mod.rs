@@ -9,6 +9,7 @@
 mod process;
 
 use std::{
+    collections::BTreeSet,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -84,10 +85,15 @@ struct Connection {
     process: Option<Process>,
 }
 
+/// The tools a server told, and the names of those that only read.
+type Told = (Arc<Vec<(String, ToolSpec)>>, Arc<BTreeSet<String>>);
+
 /// What a server said of its tools.
 #[derive(Clone)]
 struct Listed {
     tools: Arc<Vec<(String, ToolSpec)>>,
+    /// Those that only read, as the server says.
+    harmless: Arc<BTreeSet<String>>,
     read_at: Instant,
 }
 
@@ -158,6 +164,17 @@ impl Server {
         &self.name
     }
 
+    /// What it is, apart from its name.
+    pub(super) fn identity(&self) -> (&str, &str, &[String]) {
+        (&self.settings.url, &self.settings.command, &self.settings.args)
+    }
+
+    /// Whether the results of a tool may be held: the settings name it, and the server, which is there, says that it only reads.
+    pub(super) fn may_hold(&self, tool: &str) -> bool {
+        let named = self.settings.cache.iter().any(|name| name == tool || name == "*");
+        named && matches!(&*self.state(), State::Up(connection) if connection.listed().harmless.contains(tool))
+    }
+
     /// How long a start may take.
     pub(super) fn start_limit(&self) -> Duration {
         Duration::from_secs(self.settings.start_seconds)
@@ -182,15 +199,16 @@ impl Server {
         connection.changed.store(false, Ordering::Release);
         let late = || Err(String::from("no list in time"));
         let read = tokio::time::timeout(self.start_limit(), self.read_tools(&connection.service)).await;
-        let tools = match read.unwrap_or_else(|_| late()) {
-            Ok(tools) => Arc::new(tools),
+        let (tools, harmless) = match read.unwrap_or_else(|_| late()) {
+            Ok(told) => told,
             Err(reason) => {
                 tracing::warn!(server = self.name, reason, "a server's tools could not be read again");
-                connection.listed().tools
+                let listed = connection.listed();
+                (listed.tools, listed.harmless)
             }
         };
         let mut listed = connection.listed.lock().unwrap_or_else(PoisonError::into_inner);
-        *listed = Listed { tools, read_at: Instant::now() };
+        *listed = Listed { tools, harmless, read_at: Instant::now() };
     }
 
     /// Calls a tool.
@@ -291,26 +309,30 @@ impl Server {
             let service = service.map_err(|error| format!("{error}; it last said: {}", process.last_words()))?;
             (service, Some(process))
         };
-        let tools = Arc::new(self.read_tools(&service).await?);
+        let (tools, harmless) = self.read_tools(&service).await?;
         let since = Instant::now();
-        let (listed, reading) = (Mutex::new(Listed { tools, read_at: since }), tokio::sync::Mutex::default());
+        let (listed, reading) = (Mutex::new(Listed { tools, harmless, read_at: since }), tokio::sync::Mutex::default());
         Ok(Connection { service, listed, reading, changed, since, failures, process })
     }
 
-    async fn read_tools(&self, service: &RunningService<RoleClient, Ear>) -> Result<Vec<(String, ToolSpec)>, String> {
-        let mut tools = Vec::new();
+    /// What it offers, and which of that only reads.
+    async fn read_tools(&self, service: &RunningService<RoleClient, Ear>) -> Result<Told, String> {
+        let (mut tools, mut harmless) = (Vec::new(), BTreeSet::new());
         let mut cursor = None;
         for _ in 0..MAX_PAGES {
             let page = PaginatedRequestParams::default().with_cursor(cursor);
             let page = service.peer().list_tools(Some(page)).await.map_err(|error| error.to_string())?;
             tools.extend(page.tools.iter().filter_map(|tool| self.told_of(tool)));
+            let reads =
+                |tool: &&Tool| tool.annotations.as_ref().is_some_and(|hints| hints.read_only_hint == Some(true));
+            harmless.extend(page.tools.iter().filter(reads).map(|tool| tool.name.to_string()));
             cursor = page.next_cursor;
             if cursor.is_none() || tools.len() >= MAX_OFFERED {
                 break;
             }
         }
         tools.truncate(MAX_OFFERED);
-        Ok(tools)
+        Ok((Arc::new(tools), Arc::new(harmless)))
     }
 
     /// A tool as people name it and as an engine is told; `None` for one that cannot be told.

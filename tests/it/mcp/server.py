@@ -5,8 +5,10 @@ import sys
 import time
 
 from mcp.server.mcpserver import Context, MCPServer
+from mcp.types import ToolAnnotations
 
 server = MCPServer("trouble")
+calls = 0
 
 
 @server.tool()
@@ -32,6 +34,24 @@ def linger(seconds: float) -> str:
     """Takes its time."""
     time.sleep(seconds)
     return "done"
+
+
+@server.tool(annotations=ToolAnnotations(readOnlyHint=True))
+def look(place: str, closely: bool) -> str:
+    """Says how often it was called."""
+    return f"{place}: {count()}"
+
+
+@server.tool(annotations=ToolAnnotations(readOnlyHint=False, idempotentHint=True))
+def touch() -> str:
+    """Has an effect."""
+    return str(count())
+
+
+def count() -> int:
+    global calls
+    calls += 1
+    return calls
 
 
 @server.tool()

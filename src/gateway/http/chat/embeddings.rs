@@ -59,7 +59,7 @@ pub async fn post(caller: &Caller<'_>, payload: Payload) -> Result<HttpResponse,
     if texts.is_empty() || texts.len() > MAX_TEXTS {
         return Err(Refusal::Field(format!("input: 1 to {MAX_TEXTS} texts")).into());
     }
-    let Some(vectors) = caller.shared.router.memory().embed(&texts).await? else {
+    let Some(vectors) = caller.shared.router.memory().embed(&caller.who.tenant, &texts).await? else {
         return Err(Refusal::Field(String::from("this node has no embedder: memory.embedder is off")).into());
     };
     let mut data = Vec::with_capacity(texts.len());
