@@ -212,7 +212,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     pub compare: Option<PathBuf>,
     /// Size of the first tier in cache and cache-memory, in MiB; that of a running server stays as it is.
-    #[arg(long, value_name = "MIB", default_value_t = 16, value_parser = clap::value_parser!(u64).range(1..=65_536))]
+    #[arg(long, value_name = "MIB", default_value_t = 32, value_parser = clap::value_parser!(u64).range(1..=65_536))]
     pub cache_mb: u64,
     /// In cache: the started server does not hear which states are stale. Needs a build with the feature `faults`.
     #[arg(long, conflicts_with = "url")]

@@ -35,6 +35,8 @@ use crate::telemetry::metric;
 /// Of 100 operations.
 const STRONG: u64 = 80;
 const EVENTUAL: u64 = 10;
+/// What tells the choices of the warm-up from those that are measured.
+const WARMING: u64 = 0x5bd1_e995_0000_0000;
 /// Sizes of states.
 const SIZES: u64 = 5;
 
@@ -245,11 +247,16 @@ impl Bench<'_> {
     ) -> Result<Vec<Figure>, Error> {
         let seed = self.args.seed.wrapping_add(u64::from(run) << 32);
         let (address, zipf, shared) = (self.address(target.http), zipf.clone(), board.clone());
-        let make = Arc::new(move |number: usize| -> Box<dyn Job> {
-            let random = Random::new(seed, number as u64);
-            Box::new(Mixed::new(&address, size, random, zipf.clone(), shared.clone()))
-        });
-        let load = self.http_load(&target.nodes, self.args.connections(), self.pace(), seed, make);
+        let load_of = |seed: u64| {
+            let (address, zipf, shared) = (address.clone(), zipf.clone(), shared.clone());
+            let make = Arc::new(move |number: usize| -> Box<dyn Job> {
+                let random = Random::new(seed, number as u64);
+                Box::new(Mixed::new(&address, size, random, zipf.clone(), shared.clone()))
+            });
+            self.http_load(&target.nodes, self.args.connections(), self.pace(), seed, make)
+        };
+        // What is measured chooses anew: the choices of the warm-up made again would all be held.
+        let (warming, load) = (load_of(seed ^ WARMING), load_of(seed));
         let label = format!("run {} of {}", run + 1, self.args.runs);
         let stale = board.stale.load(Ordering::SeqCst);
         let (reads, old) = (board.eventual.load(Ordering::SeqCst), board.eventual_old.load(Ordering::SeqCst));
@@ -257,7 +264,7 @@ impl Bench<'_> {
         let full = self.span();
         if !full.warmup.is_zero() {
             let span = drive::Span { warmup: std::time::Duration::ZERO, duration: Some(full.warmup), ..full };
-            drive::drive(std::slice::from_ref(&load), span, &[], &self.progress(), "warming up").await?;
+            drive::drive(&[warming], span, &[], &self.progress(), "warming up").await?;
         }
         let before = self.pages(&target.nodes).await?;
         let span = drive::Span { warmup: std::time::Duration::ZERO, ..full };
