@@ -312,6 +312,7 @@ impl Node {
         if router.memory().backfills() {
             edge.handle.spawn(embed(router.clone(), drain.clone()));
         }
+        edge.handle.spawn(checkpoint(router.clone(), drain.clone()));
         member.deliver_with(courier.leaving());
         let (scan_period, period) = watch::channel(live::scan_period(config));
         edge.handle.spawn(scan(router.clone(), drain.clone(), period));
@@ -531,6 +532,14 @@ async fn embed(router: Router, drain: Drain) {
     };
     tokio::select! {
         () = router.memory().backfill(deliver) => {}
+        () = drain.draining() => {}
+    }
+}
+
+/// Keeps what memories are made of in the store, until the node drains.
+async fn checkpoint(router: Router, drain: Drain) {
+    tokio::select! {
+        () = router.memory().checkpoints() => {}
         () = drain.draining() => {}
     }
 }

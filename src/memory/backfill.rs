@@ -38,7 +38,7 @@ pub(super) struct Wakes {
 }
 
 impl Wakes {
-    fn push(&self, key: &InstanceKey) {
+    pub(super) fn push(&self, key: &InstanceKey) {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         if waiting.0.len() < MAX_WAITING && waiting.1.insert(key.clone()) {
             waiting.0.push_back(key.clone());
@@ -46,7 +46,7 @@ impl Wakes {
         }
     }
 
-    async fn next(&self) -> InstanceKey {
+    pub(super) async fn next(&self) -> InstanceKey {
         loop {
             let hint = self.hint.notified();
             {
@@ -99,7 +99,7 @@ impl Memory {
     /// The vectors of some episodes that have none; nothing when all have, or no answer came.
     async fn portion(&self, key: &InstanceKey) -> Result<Option<Stimulus>, Error> {
         let Some(endpoint) = &self.endpoint else { return Ok(None) };
-        let shelf = self.shelves.current(&*self.store, key).await?;
+        let shelf = self.current(key).await?;
         let ids = shelf.read().await.bare(PORTION);
         let mut turns: Vec<u64> = ids.iter().map(|id| id.turn()).collect();
         turns.sort_unstable();

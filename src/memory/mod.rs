@@ -11,6 +11,7 @@
 //! | `again` | what was asked before |
 //! | `shelf`, `shelves` | the episodes of one instance; those of the node, within bounds |
 //! | `digest` | what a turn amounts to for a shelf |
+//! | `checkpoint`, `part` | digests kept in the store; their form |
 //! | `fuse` | rankings made one |
 //! | `vector`, `cells` | vectors scanned; an index over many |
 //! | `lexical` | the built-in embedder |
@@ -31,23 +32,32 @@ mod again;
 mod ask;
 mod backfill;
 mod cells;
+mod checkpoint;
 mod digest;
 mod endpoint;
 mod fuse;
 mod lexical;
+mod part;
 mod prune;
 mod shelf;
 mod shelves;
 mod vector;
 
 pub use ask::{Ask, Known};
+pub use checkpoint::Checkpoint;
 pub use fuse::{Explained, Ranked};
 pub use prune::{Forget, Prune};
 pub use shelf::Figures;
 
 use futures_util::future::try_join_all;
 
-use self::{again::Again, ask::Asked, backfill::Wakes, endpoint::Endpoint, shelves::Shelves};
+use self::{
+    again::Again,
+    ask::Asked,
+    backfill::Wakes,
+    endpoint::Endpoint,
+    shelves::{Shared, Shelves},
+};
 use crate::{
     config::{self, Embedder},
     runtime::clock::Clock,
@@ -180,6 +190,8 @@ pub struct Memory {
     lexical: bool,
     endpoint: Option<Endpoint>,
     wakes: Wakes,
+    /// Whose parts in the store are behind.
+    stale: Wakes,
     metrics: Metrics,
 }
 
@@ -213,12 +225,22 @@ impl Memory {
             lexical,
             endpoint,
             wakes: Wakes::default(),
+            stale: Wakes::default(),
             metrics: Metrics {
                 recalls: metrics::counter!(metric::MEMORY_RECALLS),
                 seconds: metrics::histogram!(metric::MEMORY_RECALL_SECONDS),
                 age: metrics::histogram!(metric::MEMORY_RECALLED_AGE_SECONDS),
             },
         })
+    }
+
+    /// The shelf of an instance as of now.
+    async fn current(&self, key: &InstanceKey) -> Result<Shared, Error> {
+        let (shelf, stale) = self.shelves.current(&*self.store, key).await?;
+        if stale {
+            self.stale.push(key);
+        }
+        Ok(shelf)
     }
 
     /// What fits, best first.
@@ -234,7 +256,7 @@ impl Memory {
         }
         let (asked, degraded) = self.ready(key, ask).await;
         let now = asked.now;
-        let shelf = self.shelves.current(&*self.store, key).await?;
+        let shelf = self.current(key).await?;
         let (hits, forgotten, beside, bare, stood) = self
             .shelves
             .look(&shelf, move |shelf| {
@@ -358,7 +380,7 @@ impl Memory {
     /// # Errors
     /// As [`Memory::search`].
     pub async fn figures(&self, key: &InstanceKey) -> Result<Figures, Error> {
-        let shelf = self.shelves.current(&*self.store, key).await?;
+        let shelf = self.current(key).await?;
         self.shelves.look(&shelf, |shelf| Ok(shelf.figures())).await
     }
 
@@ -367,7 +389,7 @@ impl Memory {
     /// # Errors
     /// [`Error::Store`].
     pub async fn dimension(&self, key: &InstanceKey) -> Result<Option<usize>, Error> {
-        match self.shelves.current(&*self.store, key).await {
+        match self.current(key).await {
             Err(Error::NotFound) => Ok(None),
             shelf => Ok(shelf?.read().await.dimension()),
         }
@@ -378,7 +400,7 @@ impl Memory {
     /// # Errors
     /// [`Error::Store`].
     pub async fn imported(&self, key: &InstanceKey, lines: &[String]) -> Result<Vec<Option<EpisodeId>>, Error> {
-        match self.shelves.current(&*self.store, key).await {
+        match self.current(key).await {
             Err(Error::NotFound) => Ok(vec![None; lines.len()]),
             shelf => {
                 let shelf = shelf?;
@@ -393,7 +415,7 @@ impl Memory {
     /// # Errors
     /// As [`Memory::search`].
     pub async fn to_prune(&self, key: &InstanceKey, prune: Prune) -> Result<Vec<EpisodeId>, Error> {
-        let shelf = self.shelves.current(&*self.store, key).await?;
+        let shelf = self.current(key).await?;
         self.shelves.look(&shelf, move |shelf| Ok(prune.picks(shelf))).await
     }
 
@@ -403,7 +425,7 @@ impl Memory {
     /// As [`Memory::search`].
     pub async fn to_forget(&self, key: &InstanceKey, forget: Forget) -> Result<Vec<EpisodeId>, Error> {
         let text = forget.text.as_ref().map(|text| text.to_lowercase());
-        let shelf = self.shelves.current(&*self.store, key).await?;
+        let shelf = self.current(key).await?;
         let mut ids = self.shelves.look(&shelf, move |shelf| Ok(forget.picks(shelf))).await?;
         if let Some(text) = text {
             let mut after = 0;
@@ -429,7 +451,7 @@ impl Memory {
     /// # Errors
     /// As [`Memory::search`].
     pub async fn with_vectors(&self, key: &InstanceKey, ids: Vec<EpisodeId>) -> Result<Vec<EpisodeId>, Error> {
-        let shelf = self.shelves.current(&*self.store, key).await?;
+        let shelf = self.current(key).await?;
         self.shelves.look(&shelf, move |shelf| Ok(shelf.with_vectors(ids))).await
     }
 

@@ -130,6 +130,10 @@ pub(crate) struct Shelf {
     pub life: i64,
     /// The last turn it knows.
     pub turn: u64,
+    /// Episodes it read from the log since parts were asked for.
+    pub read: usize,
+    /// Whether it was complete once: what comes now is new.
+    pub live: bool,
     limit: usize,
     notes: Vec<Note>,
     words: Map<u64, Vec<Posting>>,
@@ -167,6 +171,8 @@ impl Shelf {
         Self {
             life,
             turn: 0,
+            read: 0,
+            live: false,
             limit,
             notes: Vec::new(),
             words: Map::default(),
@@ -191,6 +197,7 @@ impl Shelf {
 
     /// Follows one more turn; tells what its episodes are.
     pub(crate) fn follow(&mut self, record: &TurnRecord) -> Vec<Kind> {
+        self.read += record.episodes.len();
         self.take(&Digest::of(record, self.lexical.is_some()))
     }
 

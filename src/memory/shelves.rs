@@ -5,22 +5,24 @@
 //! anew; the bound holds but for the one shelf that was asked for last. Tests: `tests/it/memory.rs`.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use tokio::sync::RwLock;
 
-use super::{Error, shelf::Shelf};
+use super::{Error, checkpoint, part, shelf::Shelf};
 use crate::{
     config,
-    store::{Reader, Remembered},
+    store::{Done, Keep, Part, Remembered, Store},
     telemetry::metric,
     types::InstanceKey,
 };
 
 /// Turns read at once.
 const PAGE: usize = 16;
+/// Parts read at once: some megabytes.
+const PARTS: usize = 1;
 /// More episodes than this are added, and searched, on a thread that may block.
 const MANY: usize = 2000;
 /// No life has this number.
@@ -28,7 +30,7 @@ const NO_LIFE: i64 = i64::MIN;
 /// What an entry takes beside its shelf.
 const ENTRY: usize = 256;
 
-type Shared = Arc<RwLock<Shelf>>;
+pub(super) type Shared = Arc<RwLock<Shelf>>;
 
 struct Entry {
     shelf: Shared,
@@ -50,6 +52,8 @@ pub(super) struct Shelves {
     lexical: bool,
     limit: usize,
     kinds: [metrics::Counter; 3],
+    /// Parts that were read, and that could not be.
+    parts: [metrics::Counter; 2],
     held: metrics::Gauge,
 }
 
@@ -62,6 +66,7 @@ impl Shelves {
             lexical,
             limit: config.exact_vectors,
             kinds: [kind("fresh"), kind("duplicate"), kind("junk")],
+            parts: ["read", "damaged"].map(|result| metrics::counter!(metric::MEMORY_PARTS, "result" => result)),
             held: metrics::gauge!(metric::MEMORY_SHELF_BYTES),
         }
     }
@@ -84,19 +89,19 @@ impl Shelves {
         shelf
     }
 
-    /// The shelf of an instance as of now.
+    /// The shelf of an instance as of now, and whether enough came from the log to be kept in parts.
     ///
     /// # Errors
     /// [`Error::NotFound`], [`Error::Store`].
-    pub(super) async fn current(&self, reader: &dyn Reader, key: &InstanceKey) -> Result<Shared, Error> {
+    pub(super) async fn current(&self, store: &dyn Store, key: &InstanceKey) -> Result<(Shared, bool), Error> {
         let shared = self.entry(key);
-        let mut changed = false;
+        let mut changed = shared.read().await.life == NO_LIFE && self.open(store, key, &shared).await?;
         loop {
             let (life, turn) = {
                 let shelf = shared.read().await;
                 (shelf.life, shelf.turn)
             };
-            let page = reader.remembered(key, if life == NO_LIFE { 0 } else { turn }, PAGE).await?;
+            let page = store.remembered(key, if life == NO_LIFE { 0 } else { turn }, PAGE).await?;
             if page.life == 0 {
                 self.remove(key);
                 return Err(Error::NotFound);
@@ -114,22 +119,92 @@ impl Shelves {
             }
         }
         if changed {
-            let bytes = self.settle(&shared).await;
+            let (bytes, stale) = self.settle(&shared).await;
             self.weigh(key, bytes);
+            return Ok((shared, stale));
         }
-        Ok(shared)
+        Ok((shared, false))
+    }
+
+    /// Begins a shelf with the parts of it that are in the store, and what is between them in the log; whether there were any.
+    async fn open(&self, store: &dyn Store, key: &InstanceKey, shared: &Shared) -> Result<bool, Error> {
+        let (mut opened, mut bad) = (false, HashSet::new());
+        loop {
+            let (life, turn) = {
+                let shelf = shared.read().await;
+                (shelf.life, shelf.turn)
+            };
+            let found = store.parts(key, turn, PARTS).await?;
+            let fits = found.life != 0 && (life == NO_LIFE || life == found.life);
+            let Some(part) = found.parts.into_iter().find(|part| !bad.contains(&part.after)).filter(|_| fits) else {
+                return Ok(opened);
+            };
+            if part.after > turn {
+                let page = store.remembered(key, turn, PAGE).await?;
+                if page.life != found.life || page.turns.is_empty() {
+                    return Ok(opened);
+                }
+                self.follow(shared, page).await;
+                opened = true;
+                continue;
+            }
+            let (after, upto) = (part.after, part.upto);
+            if self.take(shared, found.life, part).await {
+                opened = true;
+                self.parts[0].increment(1);
+                continue;
+            }
+            // Not worth an error: the log has everything. It is made again when enough was read from there.
+            tracing::warn!(instance = %key, after, upto, "a part of a memory is damaged or of another build, and is read from the log");
+            self.parts[1].increment(1);
+            bad.insert(after);
+            let (done, end) = Done::channel();
+            let part = Part { after, upto, rec: bytes::Bytes::new() };
+            store.keep(Keep { key: key.clone(), life: found.life, seen: u64::MAX, part }, done);
+            drop(end.await);
+        }
+    }
+
+    /// Follows the digests of a part; whether it could be read.
+    async fn take(&self, shared: &Shared, life: i64, part: Part) -> bool {
+        let (lexical, limit) = (self.lexical, self.limit);
+        let mut shelf = Arc::clone(shared).write_owned().await;
+        let taken = tokio::task::spawn_blocking(move || {
+            let Ok(digests) = part::decode(&part.rec, lexical) else { return false };
+            if shelf.life == NO_LIFE {
+                *shelf = Shelf::new(life, lexical, limit);
+            }
+            // Somebody else may have followed some of it meanwhile, or another life.
+            if shelf.life != life {
+                return true;
+            }
+            for digest in &digests {
+                if digest.turn > shelf.turn {
+                    shelf.take(digest);
+                }
+            }
+            // Turns that changed nothing of the memory may be the last it covers.
+            shelf.turn = shelf.turn.max(part.upto);
+            true
+        });
+        taken.await.unwrap_or(false)
     }
 
     /// Makes what is worth making, once after a run of turns: an index that grows page by page would be made again and again.
-    /// How many bytes the shelf has then.
-    async fn settle(&self, shared: &Shared) -> usize {
+    /// How many bytes the shelf has then, and whether enough was read from the log to be kept in parts.
+    async fn settle(&self, shared: &Shared) -> (usize, bool) {
         let mut shelf = Arc::clone(shared).write_owned().await;
         let heavy = shelf.len() > MANY;
         let mut settle = move || {
             shelf.settle();
-            shelf.bytes()
+            shelf.live = true;
+            let stale = shelf.read >= checkpoint::LEAST;
+            if stale {
+                shelf.read = 0;
+            }
+            (shelf.bytes(), stale)
         };
-        if heavy { tokio::task::spawn_blocking(settle).await.unwrap_or(0) } else { settle() }
+        if heavy { tokio::task::spawn_blocking(settle).await.unwrap_or_default() } else { settle() }
     }
 
     async fn follow(&self, shared: &Shared, page: Remembered) {
@@ -145,7 +220,7 @@ impl Shelves {
                     return (false, Vec::new());
                 }
             }
-            let live = shelf.turn > 0;
+            let live = shelf.live;
             let mut kinds = Vec::new();
             for turn in &page.turns {
                 // Somebody else may have followed it meanwhile.

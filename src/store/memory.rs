@@ -22,9 +22,9 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 
 use super::{
-    Committed, DeadLetter, Done, Episode, Error, Feed, Fence, Head, Journal, Known, Listed, Loaded, MqttRow, MqttWrite,
-    Outgoing, Pending, Reader, Rejection, Remembered, Scope, Shipping, Stats, Store, Unit, Work, Writer, check,
-    ownership::Rows, rank, replay,
+    Committed, DeadLetter, Done, Episode, Error, Feed, Fence, Head, Journal, Keep, Known, Listed, Loaded, MqttRow,
+    MqttWrite, Outgoing, Part, Parts, Pending, Reader, Rejection, Remembered, Scope, Shipping, Spans, Stats, Store,
+    Unit, Work, Writer, check, ownership::Rows, rank, replay,
 };
 use crate::{
     runtime::clock::Clock,
@@ -82,6 +82,7 @@ enum Job {
     Unit(Unit),
     Ship(Vec<Fence>, Vec<Shipping>, Done),
     Mqtt(Vec<MqttWrite>, Done),
+    Keep(Box<Keep>, Done),
 }
 
 impl Default for MemoryStore {
@@ -229,6 +230,10 @@ impl MemoryStore {
                 writes.into_iter().for_each(|write| data.mqtt(write));
                 (done, Ok(Committed { head: Head::default(), created: false }))
             }
+            Job::Keep(keep, done) => {
+                data.keep(*keep);
+                (done, Ok(Committed { head: Head::default(), created: false }))
+            }
         };
         let outgoing = data.outgoing.len() > quiet;
         drop(data);
@@ -257,7 +262,7 @@ fn take_failure(failing: &mut Option<(usize, Error)>) -> Option<Error> {
 impl Job {
     fn into_done(self) -> Done {
         match self {
-            Job::Unit(Unit { done, .. }) | Job::Ship(_, _, done) | Job::Mqtt(_, done) => done,
+            Job::Unit(Unit { done, .. }) | Job::Ship(_, _, done) | Job::Mqtt(_, done) | Job::Keep(_, done) => done,
         }
     }
 }
@@ -356,6 +361,9 @@ struct Instance {
     steps: BTreeMap<(StimulusId, u32), Arc<Step>>,
     /// Where in `turns` each stimulus was decided.
     decided: HashMap<StimulusId, usize, ahash::RandomState>,
+    /// Parts of its memory, and the turn that forgot something last.
+    parts: BTreeMap<u64, Part>,
+    forgot: u64,
 }
 
 impl Instance {
@@ -369,6 +377,8 @@ impl Instance {
             turns: Vec::new(),
             inbox: Vec::new(),
             dead: Vec::new(),
+            parts: BTreeMap::new(),
+            forgot: 0,
             steps: BTreeMap::new(),
             decided: HashMap::default(),
         }
@@ -540,6 +550,8 @@ impl Data {
             instance.decided.entry(record.stimulus.id.clone()).or_insert(instance.turns.len());
             instance.turns.push(Arc::clone(record));
             for (turn, places) in replay::losses(record) {
+                instance.forgot = record.turn;
+                instance.parts.retain(|after, part| turn <= *after || turn > part.upto);
                 let Some(lost) = earlier(&mut instance.turns, turn) else { continue };
                 let mut redacted = (**lost).clone();
                 redacted.redact(&places);
@@ -632,6 +644,18 @@ impl Data {
     }
 }
 
+impl Data {
+    fn keep(&mut self, keep: Keep) {
+        let instance = self.instances.get_mut(&keep.key);
+        let Some(instance) = instance.filter(|it| it.life == keep.life && it.forgot <= keep.seen) else { return };
+        if keep.part.rec.is_empty() {
+            instance.parts.remove(&keep.part.after);
+        } else {
+            instance.parts.insert(keep.part.after, keep.part);
+        }
+    }
+}
+
 impl Writer for MemoryStore {
     fn submit(&self, unit: Unit) {
         self.queue(Job::Unit(unit));
@@ -641,6 +665,9 @@ impl Writer for MemoryStore {
     }
     fn mqtt(&self, writes: Vec<MqttWrite>, done: Done) {
         self.queue(Job::Mqtt(writes, done));
+    }
+    fn keep(&self, keep: Keep, done: Done) {
+        self.queue(Job::Keep(Box::new(keep), done));
     }
 }
 
@@ -785,6 +812,20 @@ impl Reader for MemoryStore {
         let from = usize::try_from(after).unwrap_or(usize::MAX).min(instance.turns.len());
         let turns = instance.turns[from..].iter().filter(|record| record.is_memory()).take(limit).cloned().collect();
         Ok(Remembered { life: instance.life, turns })
+    }
+
+    async fn parts(&self, key: &InstanceKey, behind: u64, limit: usize) -> Result<Parts, Error> {
+        let data = self.read()?;
+        let Some(instance) = data.instances.get(key) else { return Ok(Parts::default()) };
+        let fits = |part: &&Part| part.upto > behind && part.upto <= instance.head.turn;
+        Ok(Parts { life: instance.life, parts: instance.parts.values().filter(fits).take(limit).cloned().collect() })
+    }
+
+    async fn spans(&self, key: &InstanceKey) -> Result<Spans, Error> {
+        let data = self.read()?;
+        let Some(instance) = data.instances.get(key) else { return Ok(Spans::default()) };
+        let spans = instance.parts.values().map(|part| (part.after, part.upto)).collect();
+        Ok(Spans { life: instance.life, head: instance.head.turn, spans })
     }
 
     async fn turns_at(&self, key: &InstanceKey, turns: &[u64]) -> Result<Vec<Arc<TurnRecord>>, Error> {

@@ -395,6 +395,50 @@ pub struct Remembered {
     pub turns: Vec<Arc<TurnRecord>>,
 }
 
+/// A piece of what a memory makes of its turns, kept so that it need not be made again. Derived: dropped when in doubt.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// It begins behind this turn.
+    pub after: u64,
+    /// The last turn it covers.
+    pub upto: u64,
+    /// Its bytes, which are the memory's own.
+    pub rec: Bytes,
+}
+
+/// Parts of an instance's memory.
+#[derive(Debug, Clone, Default)]
+pub struct Parts {
+    /// As [`Remembered::life`].
+    pub life: i64,
+    /// They, in the order of turns.
+    pub parts: Vec<Part>,
+}
+
+/// What is covered by parts.
+#[derive(Debug, Clone, Default)]
+pub struct Spans {
+    /// As [`Remembered::life`].
+    pub life: i64,
+    /// The instance's last turn.
+    pub head: u64,
+    /// Behind which turn each part begins, and the last turn it covers; in order.
+    pub spans: Vec<(u64, u64)>,
+}
+
+/// A part on its way to the store.
+#[derive(Debug, Clone)]
+pub struct Keep {
+    /// Whose.
+    pub key: InstanceKey,
+    /// Of which life.
+    pub life: i64,
+    /// What was forgotten by this turn or earlier is not in it.
+    pub seen: u64,
+    /// It. One without bytes removes the one that begins where it does.
+    pub part: Part,
+}
+
 /// A turn with something for `delivery`, in commit order.
 #[derive(Debug, Clone)]
 pub struct Outgoing {
@@ -616,6 +660,10 @@ pub trait Writer: Send + Sync + 'static {
     fn ship(&self, under: Vec<Fence>, writes: Vec<Shipping>, done: Done);
     /// Queues writes of the MQTT door; they share the turns' group commit.
     fn mqtt(&self, writes: Vec<MqttWrite>, done: Done);
+    /// Keeps a part of a memory, in place of one that begins at the same turn. It is left out, which is no error, when the instance
+    /// has another life by now or forgot something behind the turn that was seen. A turn that forgets removes the parts in
+    /// which that stands in its own commit.
+    fn keep(&self, keep: Keep, done: Done);
 }
 
 /// Reads. They see everything whose `Done` was told. Cancel safe: dropping a future abandons the read.
@@ -667,6 +715,10 @@ pub trait Reader: Send + Sync + 'static {
     /// Turns of the instance that remembered or forgot something, with numbers above `after`, oldest first, at most `limit`. What
     /// was forgotten since is not in them. Sees every committed turn.
     async fn remembered(&self, key: &InstanceKey, after: u64, limit: usize) -> Result<Remembered, Error>;
+    /// Parts of the instance's memory that reach beyond a turn and not beyond its last one, in order, at most `limit`.
+    async fn parts(&self, key: &InstanceKey, behind: u64, limit: usize) -> Result<Parts, Error>;
+    /// What all parts cover.
+    async fn spans(&self, key: &InstanceKey) -> Result<Spans, Error>;
     /// These turns of the instance, as far as there are any, in no order.
     async fn turns_at(&self, key: &InstanceKey, turns: &[u64]) -> Result<Vec<Arc<TurnRecord>>, Error>;
     /// The feeds in which turns of the scope's instances stand.

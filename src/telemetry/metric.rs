@@ -67,6 +67,8 @@ metrics! {
     MEMORY_EMBED_FAILURES = Counter "sophont_memory_embed_failures_total";
     /// Bytes of the episodes held ready.
     MEMORY_SHELF_BYTES = Gauge "sophont_memory_shelf_bytes";
+    /// Parts of memories kept in the store, by what became of them (`written`, `read`, `damaged`).
+    MEMORY_PARTS = Counter "sophont_memory_parts_total";
     /// Panics caught in turns.
     PANICS = Counter "sophont_instance_panics_total";
     /// Stimuli of instances with `attention` that no rule decided, by fate (`thought`, `merged`, `held_back`).

@@ -27,6 +27,7 @@ mod load;
 mod mcp_servers;
 mod membership;
 mod memory;
+mod memory_checkpoint;
 mod memory_contract;
 mod memory_suite;
 mod mqtt;

@@ -2,10 +2,11 @@
 //!
 //! Not here: recall by the API (`memory.rs`), ranking (`store_contract.rs`).
 
+use bytes::Bytes;
 use sophont::{
     runtime::clock::Clock,
     store::{
-        Head, Store, Work,
+        Done, Head, Keep, Part, Store, Work,
         sqlite::{Options, SqliteStore},
     },
     types::{
@@ -45,7 +46,7 @@ fn writing(turn: u64, texts: &[&str]) -> TurnRecord {
     turn
 }
 
-fn forgetting(turn: u64, ids: &[EpisodeId]) -> TurnRecord {
+pub fn forgetting(turn: u64, ids: &[EpisodeId]) -> TurnRecord {
     command(turn, FORGET_CHANNEL, RawJson::from_serialize(&Forgetting::of(ids)).unwrap())
 }
 
@@ -181,6 +182,13 @@ async fn remember_and_forget(store: &dyn Store, settle: impl AsyncFn()) {
         turns(store, &key, Head::default(), vec![writing(1, &[SECRETS[0], "harmless", &long])]).await.unwrap();
     settle().await;
     head = turns(store, &key, head, vec![writing(2, &[SECRETS[2]])]).await.unwrap();
+    // A part of the memory with all of it, over several pages.
+    let known = store.spans(&key).await.unwrap();
+    let part = Part { after: 0, upto: 2, rec: Bytes::from(format!("{}{long}", SECRETS.concat())) };
+    let (done, end) = Done::channel();
+    store.keep(Keep { key: key.clone(), life: known.life, seen: known.head, part }, done);
+    end.await.unwrap().unwrap();
+    assert_eq!(store.spans(&key).await.unwrap().spans, [(0, 2)]);
     let gone = [EpisodeId::new(1, 0), EpisodeId::new(1, 2), EpisodeId::new(2, 0)];
     turns(store, &key, head, vec![forgetting(3, &gone)]).await.unwrap();
 }

@@ -32,7 +32,7 @@ use crate::{
     },
 };
 
-use self::view::{EpisodeView, IdView, IdsView, RecollectionView, RemovedView, StatsView};
+use self::view::{CheckpointView, EpisodeView, IdView, IdsView, RecollectionView, RemovedView, StatsView};
 
 pub mod document;
 pub mod transfer;
@@ -40,6 +40,8 @@ mod view;
 
 /// Episodes of a recall that does not say how many.
 const DEFAULT_TOP: usize = 10;
+/// After so many episodes at once it is looked whether a checkpoint is due, though nobody asked.
+const MANY: usize = 100;
 
 /// An episode to remember: `content` or `data`, or both.
 #[derive(Debug, Deserialize, utoipa::ToSchema)]
@@ -283,6 +285,7 @@ async fn write(
             return Err(crate::memory::Error::Dimension { has, given: other }.into());
         }
     }
+    let many = episodes.len() >= MANY;
     let mut stimulus = command(caller, WRITE_CHANNEL, &Writing { episodes })?;
     stimulus.priority = priority;
     if let Some(id) = id {
@@ -290,6 +293,9 @@ async fn write(
     }
     let written = decided(caller, key, stimulus).await?;
     caller.shared.router.memory().wake(key);
+    if many {
+        caller.shared.router.memory().grown(key);
+    }
     Ok(written)
 }
 
@@ -400,6 +406,17 @@ pub async fn stats(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
     caller.query(&["consistency"])?;
     let figures = caller.shared.router.memory().figures(&key).await?;
     Ok(respond(StatusCode::OK, to_json(&StatsView::from(figures))))
+}
+
+/// `POST /v1/instances/{id}/memory/checkpoint`.
+///
+/// # Errors
+/// [`Problem`] when there is no such instance.
+pub async fn checkpoint(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
+    let key = caller.instance()?;
+    caller.query(&[])?;
+    let made = caller.shared.router.memory().checkpoint(&key, true).await?;
+    Ok(respond(StatusCode::OK, to_json(&CheckpointView::from(made))))
 }
 
 #[cfg(test)]

@@ -295,6 +295,7 @@ impl Door {
             Call::MemoryStats => memory::stats(&caller).await,
             Call::ExportMemory => memory::transfer::export(&caller).await,
             Call::ImportMemory => memory::transfer::import(&caller, payload).await,
+            Call::CheckpointMemory => memory::checkpoint(&caller).await,
             Call::GetDeadLetters => instances::dead_letters(&caller).await,
             Call::RetryDeadLetter => instances::retry(&caller).await,
             Call::ChatCompletions => chat::complete(&caller, payload).await,

@@ -37,7 +37,7 @@ use crate::types::Profile;
     paths(
         list_instances, put_instance, get_instance, delete_instance, post_stimulus, get_stimulus, get_turns, get_events,
         get_state, patch_state, document::post_episode, document::post_episodes, document::recall, document::prune,
-        document::forget, document::memory_stats, document::export_memory, document::import_memory, get_dead_letters, retry_dead_letter,
+        document::forget, document::memory_stats, document::export_memory, document::import_memory, document::checkpoint, get_dead_letters, retry_dead_letter,
         chat_completions, embeddings, list_models, get_model, cluster_nodes, cluster_shards, drain_node, inspect_cache,
         live, ready, metrics, openapi, docs, start
     ),

@@ -29,6 +29,7 @@ pub enum Call {
     MemoryStats,
     ExportMemory,
     ImportMemory,
+    CheckpointMemory,
     GetDeadLetters,
     RetryDeadLetter,
     ChatCompletions,
@@ -63,7 +64,7 @@ const fn row(call: Call, method: &'static str, path: &'static str) -> Row {
 }
 
 /// All calls, in the order of [`Call`].
-pub const CALLS: [Row; 34] = [
+pub const CALLS: [Row; 35] = [
     row(Call::ListInstances, "GET", "/v1/instances"),
     row(Call::PutInstance, "PUT", "/v1/instances/{id}"),
     row(Call::GetInstance, "GET", "/v1/instances/{id}"),
@@ -82,6 +83,7 @@ pub const CALLS: [Row; 34] = [
     row(Call::MemoryStats, "GET", "/v1/instances/{id}/memory/stats"),
     row(Call::ExportMemory, "GET", "/v1/instances/{id}/memory/export"),
     row(Call::ImportMemory, "POST", "/v1/instances/{id}/memory/import"),
+    row(Call::CheckpointMemory, "POST", "/v1/instances/{id}/memory/checkpoint"),
     row(Call::GetDeadLetters, "GET", "/v1/instances/{id}/dead-letters"),
     row(Call::RetryDeadLetter, "POST", "/v1/instances/{id}/dead-letters/{sid}/retry"),
     row(Call::ChatCompletions, "POST", "/v1/chat/completions"),
@@ -135,6 +137,7 @@ impl Call {
             | Call::Prune
             | Call::Forget
             | Call::ImportMemory
+            | Call::CheckpointMemory
             | Call::ChatCompletions
             | Call::RetryDeadLetter => Some(Scope::Write),
         }
@@ -218,6 +221,7 @@ fn template(path: &str) -> Option<(&'static str, &str, &str)> {
         ["v1", "instances", id, "memory", "stats"] => ("/v1/instances/{id}/memory/stats", id, ""),
         ["v1", "instances", id, "memory", "export"] => ("/v1/instances/{id}/memory/export", id, ""),
         ["v1", "instances", id, "memory", "import"] => ("/v1/instances/{id}/memory/import", id, ""),
+        ["v1", "instances", id, "memory", "checkpoint"] => ("/v1/instances/{id}/memory/checkpoint", id, ""),
         ["v1", "instances", id, "dead-letters"] => ("/v1/instances/{id}/dead-letters", id, ""),
         ["v1", "instances", id, "dead-letters", sid, "retry"] => {
             ("/v1/instances/{id}/dead-letters/{sid}/retry", id, sid)

@@ -18,12 +18,12 @@ use crate::{config::RowSecurity, store::Error, types::TenantId};
 /// Opens a transaction of the role.
 const TAKE: &str = "BEGIN READ ONLY; SET LOCAL ROLE sophont_reader";
 /// What it reads.
-const TABLES: &str = "instances, turns, seen, episodes, inbox, dead, turn_steps, blobs";
+const TABLES: &str = "instances, turns, seen, episodes, inbox, dead, turn_steps, blobs, memory_parts";
 
 /// Whether the role may read what it must, and is bound by the policies.
 const BOUND: Sql = Sql {
     text: "SELECT coalesce(bool_and(has_table_privilege(t, 'SELECT') AND row_security_active(t)), false)
-           FROM unnest(ARRAY['instances', 'turns', 'seen', 'episodes', 'inbox', 'dead', 'turn_steps', 'blobs']) t",
+           FROM unnest(ARRAY['instances', 'turns', 'seen', 'episodes', 'inbox', 'dead', 'turn_steps', 'blobs', 'memory_parts']) t",
     types: &[],
 };
 /// Whether the role as whom the node writes is bound itself.

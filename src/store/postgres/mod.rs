@@ -28,6 +28,7 @@ mod feeds;
 mod guard;
 mod lane;
 mod ownership;
+mod parts;
 mod query;
 mod recall;
 mod replica;
@@ -67,8 +68,9 @@ use self::{
     writes::int,
 };
 use super::{
-    DeadLetter, Done, Episode, Error, Feed, Fence, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing, Pending,
-    Reader, Rejection, Remembered, Scope, Shipping, Snapshot, Stats, Store, Unit, Work, Writer,
+    Committed, DeadLetter, Done, Episode, Error, Feed, Fence, Head, Keep, Known, Listed, Loaded, MqttRow, MqttWrite,
+    Outgoing, Parts, Pending, Reader, Rejection, Remembered, Scope, Shipping, Snapshot, Spans, Stats, Store, Unit,
+    Work, Writer,
 };
 use crate::{
     config,
@@ -453,6 +455,18 @@ impl Writer for PostgresStore {
     fn mqtt(&self, writes: Vec<MqttWrite>, done: Done) {
         self.queue(|_| 0, Job::Mqtt(writes, done));
     }
+
+    fn keep(&self, keep: Keep, done: Done) {
+        // Beside the lanes: nothing waits for it, and nothing comes after it.
+        let shared = Arc::clone(&self.shared);
+        self.handle.spawn(async move {
+            let kept = parts::keep(&shared, &keep).await;
+            done.tell(match kept {
+                Ok(()) => Ok(Committed { head: Head::default(), created: false }),
+                Err(failure) => Err(Rejection::Failed(failure.into_error())),
+            });
+        });
+    }
 }
 
 #[async_trait]
@@ -519,6 +533,14 @@ impl Reader for PostgresStore {
 
     async fn remembered(&self, key: &InstanceKey, after: u64, limit: usize) -> Result<Remembered, Error> {
         self.read_remembered(key, after, limit).await
+    }
+
+    async fn parts(&self, key: &InstanceKey, behind: u64, limit: usize) -> Result<Parts, Error> {
+        self.read_parts(key, behind, limit).await
+    }
+
+    async fn spans(&self, key: &InstanceKey) -> Result<Spans, Error> {
+        self.read_spans(key).await
     }
 
     async fn turns_at(&self, key: &InstanceKey, turns: &[u64]) -> Result<Vec<Arc<TurnRecord>>, Error> {

@@ -65,6 +65,26 @@ const EPISODES: Sql = Sql {
            WINDOW own AS (PARTITION BY e.tenant, e.life ORDER BY e.episode)",
     types: &[Type::TEXT_ARRAY, Type::INT8_ARRAY, Type::INT8_ARRAY, Type::INT8_ARRAY, Type::TEXT_ARRAY],
 };
+/// Which turn forgot something last. Whoever writes a part of that memory waits here, or is waited for.
+const MARKS: Sql = Sql {
+    text: "INSERT INTO memory_parts AS p (tenant, instance, after, upto, rec)
+           SELECT tenant, instance, -1, turn, ''::bytea
+           FROM unnest($1::text[], $2::text[], $3::bigint[]) g(tenant, instance, turn)
+           ON CONFLICT (tenant, instance, after) DO UPDATE SET upto = greatest(p.upto, excluded.upto)",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::INT8_ARRAY],
+};
+/// Parts in which something stands that is forgotten. After [`MARKS`], so that it sees all that were written.
+const PARTS_LOST: Sql = Sql {
+    text: "DELETE FROM memory_parts p USING unnest($1::text[], $2::text[], $3::bigint[]) g(tenant, instance, turn)
+           WHERE p.tenant = g.tenant AND p.instance = g.instance AND p.after >= 0 AND p.after < g.turn AND p.upto >= g.turn",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::INT8_ARRAY],
+};
+/// Parts of instances that are forgotten. After [`FORGOTTEN`], which waits for those who write one.
+const PARTS_FORGOTTEN: Sql = Sql {
+    text: "DELETE FROM memory_parts p USING unnest($1::text[], $2::text[]) g(tenant, instance)
+           WHERE p.tenant = g.tenant AND p.instance = g.instance",
+    types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY],
+};
 /// Earlier turns without what was forgotten of them.
 const REDACTED: Sql = Sql {
     text: "UPDATE turns t SET rec = g.rec
@@ -220,6 +240,8 @@ pub(super) struct Writes<'a> {
     redacted: (Texts<'a>, Numbers, Numbers, Blobs),
     lost: (Texts<'a>, Numbers, Numbers),
     losses: Vec<Loss<'a>>,
+    marks: BTreeMap<(&'a str, &'a str), i64>,
+    parts_lost: (Texts<'a>, Texts<'a>, Numbers),
     inbox_out: Numbers,
     inbox_in: (Texts<'a>, Texts<'a>, Shorts, Texts<'a>, Blobs),
     revived: (Numbers, Shorts),
@@ -270,6 +292,7 @@ type Keyed<'a, V> = (Texts<'a>, Texts<'a>, V);
 #[derive(Default)]
 struct Flat<'a> {
     seen: (Texts<'a>, Texts<'a>, Numbers, Numbers, Shorts),
+    marks: (Texts<'a>, Texts<'a>, Numbers),
     lodged: (Shorts, Numbers),
     shipped: (Shorts, Numbers),
     settled: Keyed<'a, Texts<'a>>,
@@ -344,6 +367,12 @@ impl<'a> Writes<'a> {
         self.turns.rec.push(rec);
         if row.has(record::INDEXED) {
             self.seen.insert((tenant, turn.stimulus.id.as_str(), life), (number, day(turn.decided_at)));
+        }
+        for lost in replay::losses(turn).keys() {
+            self.marks.insert((tenant, key.instance.as_str()), number);
+            self.parts_lost.0.push(tenant);
+            self.parts_lost.1.push(key.instance.as_str());
+            self.parts_lost.2.push(big(*lost));
         }
         self.losses.extend(replay::losses(turn).into_iter().map(|(number, places)| (tenant, life, number, places)));
         if turn.is_marked() {
@@ -523,6 +552,11 @@ impl<'a> Writes<'a> {
             flat.seen.3.push(turn);
             flat.seen.4.push(day);
         }
+        for (&(tenant, instance), &turn) in &self.marks {
+            flat.marks.0.push(tenant);
+            flat.marks.1.push(instance);
+            flat.marks.2.push(turn);
+        }
         flat.lodged = self.lodged.iter().map(|(shard, count)| (*shard, *count)).unzip();
         flat.shipped = self.shipped.iter().map(|(feed, position)| (*feed, *position)).unzip();
         for (&(key, effect), pending) in &self.pending {
@@ -567,8 +601,9 @@ impl<'a> Writes<'a> {
     pub(super) fn steps(&self) -> Vec<Step<'_>> {
         let (instances, turns, dead, flat) = (&self.instances, &self.turns, &self.dead_in, &self.flat);
         let postponed = &flat.postponed;
-        let all: [(&'static Sql, usize, Vec<Param<'_>>); 26] = [
+        let all: [(&'static Sql, usize, Vec<Param<'_>>); 29] = [
             (&FORGOTTEN, self.forgotten.0.len(), vec![&self.forgotten.0, &self.forgotten.1, &self.forgotten.2]),
+            (&PARTS_FORGOTTEN, self.forgotten.0.len(), vec![&self.forgotten.0, &self.forgotten.1]),
             (&INSTANCES, instances.0.len(), vec![&instances.0, &instances.1, &instances.2, &instances.3, &instances.4]),
             (&PROFILES, self.profiles.0.len(), vec![&self.profiles.0, &self.profiles.1, &self.profiles.2]),
             (&INBOX_OUT, self.inbox_out.len(), vec![&self.inbox_out]),
@@ -609,6 +644,8 @@ impl<'a> Writes<'a> {
                 self.redacted.0.len(),
                 vec![&self.redacted.0, &self.redacted.1, &self.redacted.2, &self.redacted.3],
             ),
+            (&MARKS, flat.marks.0.len(), vec![&flat.marks.0, &flat.marks.1, &flat.marks.2]),
+            (&PARTS_LOST, self.parts_lost.0.len(), vec![&self.parts_lost.0, &self.parts_lost.1, &self.parts_lost.2]),
             (&LOST, self.lost.0.len(), vec![&self.lost.0, &self.lost.1, &self.lost.2]),
             (&LODGED, flat.lodged.0.len(), vec![&flat.lodged.0, &flat.lodged.1]),
             (&SHIPPED, flat.shipped.0.len(), vec![&flat.shipped.0, &flat.shipped.1]),

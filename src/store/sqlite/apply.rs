@@ -192,6 +192,7 @@ impl Writer<'_> {
             return Ok(());
         }
         self.overwrite(true)?;
+        self.lose_parts(key, record.turn, losses.keys().copied())?;
         let owner = rows::born(self.db, key)?;
         let mut update = self.db.prepare_cached("UPDATE turns SET rec = ?2 WHERE seq = ?1")?;
         for (turn, places) in losses {
@@ -347,6 +348,8 @@ impl Writer<'_> {
         let gone = Committed { head: Head::default(), created: false };
         let Some(born) = rows::born(self.db, key)? else { return Ok(gone) };
         let head = self.head(key)?;
+        // Parts of its memory have pages of their own, which become free at once.
+        self.overwrite(true)?;
         for table in [
             "DELETE FROM instances WHERE tenant = ?1 AND instance = ?2",
             "DELETE FROM heads WHERE tenant = ?1 AND instance = ?2",
@@ -355,6 +358,7 @@ impl Writer<'_> {
             "DELETE FROM pending WHERE tenant = ?1 AND instance = ?2",
             "DELETE FROM turn_steps WHERE tenant = ?1 AND instance = ?2",
             "DELETE FROM blobs WHERE tenant = ?1 AND instance = ?2",
+            "DELETE FROM memory_parts WHERE tenant = ?1 AND instance = ?2",
         ] {
             self.db.prepare_cached(table)?.execute(params![key.tenant.as_str(), key.instance.as_str()])?;
         }

@@ -11,6 +11,7 @@
 //! | `memtable`, `fold` | what is not folded; folding it |
 //! | `chores`, `checkpoint` | removal and expiry; the write-ahead log |
 //! | `reader`, `query`, `recall` | the threads that read; what they read |
+//! | `steps`, `parts` | turns under way; parts of memories |
 //! | `rows`, `counts`, `queue` | single rows; rows per instance; the bounded queue |
 //! | `copy` | the whole database at one moment |
 //!
@@ -25,6 +26,7 @@ mod copy;
 mod counts;
 mod fold;
 mod memtable;
+mod parts;
 mod query;
 mod queue;
 mod reader;
@@ -59,8 +61,8 @@ use self::{
     writer::{Job, Shared, Writer as WriterThread},
 };
 use super::{
-    DeadLetter, Done, Episode, Error, Feed, Fence, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing, Pending,
-    Reader, Rejection, Remembered, Scope, Shipping, Snapshot, Stats, Store, Unit, Writer, record,
+    DeadLetter, Done, Episode, Error, Feed, Fence, Keep, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing, Parts,
+    Pending, Reader, Rejection, Remembered, Scope, Shipping, Snapshot, Spans, Stats, Store, Unit, Writer, record,
 };
 use crate::{
     config,
@@ -266,6 +268,9 @@ impl Writer for SqliteStore {
     fn mqtt(&self, writes: Vec<MqttWrite>, done: Done) {
         self.queue(Job::Mqtt(writes, done));
     }
+    fn keep(&self, keep: Keep, done: Done) {
+        self.queue(Job::Keep(Box::new(keep), done));
+    }
 }
 
 #[async_trait]
@@ -349,6 +354,16 @@ impl Reader for SqliteStore {
     async fn remembered(&self, key: &InstanceKey, after: u64, limit: usize) -> Result<Remembered, Error> {
         let key = key.clone();
         self.read(move |view| view.remembered(&key, after, limit)).await
+    }
+
+    async fn parts(&self, key: &InstanceKey, behind: u64, limit: usize) -> Result<Parts, Error> {
+        let key = key.clone();
+        self.read(move |view| view.parts(&key, behind, limit)).await
+    }
+
+    async fn spans(&self, key: &InstanceKey) -> Result<Spans, Error> {
+        let key = key.clone();
+        self.read(move |view| view.spans(&key)).await
     }
 
     async fn turns_at(&self, key: &InstanceKey, turns: &[u64]) -> Result<Vec<Arc<TurnRecord>>, Error> {

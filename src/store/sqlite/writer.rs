@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     runtime::clock::Clock,
-    store::{Committed, Done, Error, Head, MqttWrite, Rejection, Shipping, Unit, Work},
+    store::{Committed, Done, Error, Head, Keep, MqttWrite, Rejection, Shipping, Unit, Work},
     telemetry::metric,
 };
 
@@ -47,6 +47,8 @@ pub(super) enum Job {
     Ship(Vec<Shipping>, Done),
     /// Writes of the MQTT door.
     Mqtt(Vec<MqttWrite>, Done),
+    /// A part of a memory.
+    Keep(Box<Keep>, Done),
     /// A write that proves that writes work.
     Probe(Done),
     /// Everything is folded, and what is forgotten is removed, before the end is told.
@@ -59,6 +61,7 @@ impl Job {
             Job::Unit(Unit { done, .. })
             | Job::Ship(_, done)
             | Job::Mqtt(_, done)
+            | Job::Keep(_, done)
             | Job::Probe(done)
             | Job::Settle(done) => done,
         }
@@ -76,6 +79,7 @@ impl Job {
             },
             Job::Ship(writes, _) => 512 * writes.len(),
             Job::Mqtt(writes, _) => writes.iter().map(mqtt_weight).sum(),
+            Job::Keep(keep, _) => keep.part.rec.len(),
             Job::Probe(_) | Job::Settle(_) => 64,
         }
     }
@@ -328,6 +332,10 @@ impl<'c> Writer<'c> {
                 }
                 Job::Mqtt(writes, _) => {
                     writes.iter().try_for_each(|write| self.apply_mqtt(write))?;
+                    Ok(NOTHING)
+                }
+                Job::Keep(keep, _) => {
+                    self.keep_part(keep)?;
                     Ok(NOTHING)
                 }
                 Job::Probe(_) => {

@@ -3,7 +3,7 @@
 use super::{
     EpisodeBody, EpisodesBody, ForgetBody, PruneBody, RecallBody,
     transfer::{ImportedView, LineBody},
-    view::{IdView, IdsView, RecollectionView, RemovedView, StatsView},
+    view::{CheckpointView, IdView, IdsView, RecollectionView, RemovedView, StatsView},
 };
 
 /// Remember an episode. No model is asked. An unknown instance is created.
@@ -95,3 +95,11 @@ pub fn export_memory() {}
     responses((status = 200, description = "Taken", body = ImportedView)))]
 #[allow(dead_code)]
 pub fn import_memory() {}
+
+/// Keep in the store what recall is made of, up to the last turn, so that a cold start need not read the log. Nodes do so by
+/// themselves when enough was remembered.
+#[utoipa::path(post, path = "/v1/instances/{id}/memory/checkpoint", tag = "memory",
+    params(("id" = String, Path, description = "The instance")),
+    responses((status = 200, description = "Kept", body = CheckpointView)))]
+#[allow(dead_code)]
+pub fn checkpoint() {}

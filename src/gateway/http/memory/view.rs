@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use crate::{
-    memory::{Explained, Figures, Ranked, Recalled},
+    memory::{Checkpoint, Explained, Figures, Ranked, Recalled},
     types::{EpisodeId, Millis, RawJson},
 };
 
@@ -143,6 +143,24 @@ pub struct RecollectionView<'a> {
     /// Why it was looked for by words alone, where a model server should have helped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub degraded: Option<&'a str>,
+}
+
+/// What is kept ready of a memory for a cold start.
+#[derive(Debug, Serialize, utoipa::ToSchema)]
+#[schema(as = MemoryCheckpoint)]
+pub struct CheckpointView {
+    /// Parts that were written now.
+    pub written: usize,
+    /// Parts there are.
+    pub parts: usize,
+    /// The last turn they cover.
+    pub upto: u64,
+}
+
+impl From<Checkpoint> for CheckpointView {
+    fn from(made: Checkpoint) -> Self {
+        Self { written: made.written, parts: made.parts, upto: made.upto }
+    }
 }
 
 /// Figures of a memory.
