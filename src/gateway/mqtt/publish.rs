@@ -4,8 +4,9 @@
 //!
 //! A publish without an `id` gets one derived from session, packet id, connection and content, so that the copy a client
 //! sends again after a broken connection (DUP) is recognised: in memory while the broker lives, through the store after a
-//! crash. When the session comes from a node that cannot say what it took, that is barred before the store is asked. Not told apart are two different publishes that use one packet id one after the other with the same topic and
-//! payload, when the second is sent again: `docs/mqtt.md` says what to do about it. Tests: `tests/it/mqtt.rs`.
+//! crash. When the session comes from a node that cannot say what it took, that is barred before the store is asked.
+//! Not told apart are two different publishes that use one packet id one after the other with the same topic and payload, when
+//! the second is sent again: `docs/mqtt.md` says what to do about it. Tests: `tests/it/mqtt.rs`, `tests/it/mqtt_cluster.rs`.
 
 use rmqtt_codec::types::{Publish, QoS};
 use tokio::{

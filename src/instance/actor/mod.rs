@@ -1,7 +1,8 @@
 //! The actor around one instance: gathers inputs, calls the pure turn, commits, and only then answers.
 //!
-//! Here: its life and its loop. In `attend`: which stimulus is next, which share a thought. In `think`: asking the engine. In `unheard`: a thought nobody waits for. In `commit`: units of work and their ends. In `message`:
-//! what it can be told. Not here: decisions (`turn`), queues (`inbox`), who keeps it alive (`cluster/shard.rs`).
+//! Here: its life and its loop. In `attend`: which stimulus is next, which share a thought. In `think`: asking the engine; in
+//! `recent`: the turns it is told of. In `unheard`: a thought nobody waits for. In `commit`: units of work and their ends. In
+//! `message`: what it can be told. In `passivate`: what it leaves behind in memory. Not here: decisions (`turn`), queues (`inbox`), who keeps it alive (`cluster/shard.rs`).
 //! Invariants: one unit of work is with the store at a time, so units of an instance are in order; the state in memory runs
 //! ahead of the store only while that unit is out, and is loaded again when the unit is refused; nobody is answered before.
 //! Tests: at the foot; `tests/it/turn.rs`, `tests/it/panic.rs`, `tests/it/activation.rs`, `tests/it/crash.rs`.

@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// Longest wait for what earlier holders of a session have on the way.
-const BARRED: Duration = Duration::from_secs(3);
+const SETTLED: Duration = Duration::from_secs(3);
 
 /// Why a session cannot be taken.
 #[derive(Debug, thiserror::Error)]
@@ -138,7 +138,7 @@ impl Roam {
     ) -> Result<(), store::Error> {
         let session = format!("{uid:016x}");
         let origin = Origin { session: &session, hold: hold.saturating_sub(1) };
-        let barred = tokio::time::timeout(BARRED, self.sessions.bar(tenant, origin)).await;
+        let barred = tokio::time::timeout(SETTLED, self.sessions.bar(tenant, origin)).await;
         barred.unwrap_or_else(|_| Err(store::Error::Backend(String::from("transactions under way take too long"))))
     }
 }
