@@ -69,9 +69,10 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let hint = match &error {
             Error::Unreachable { .. } => Some(String::from("start a node with `sophont`, or name another with --url")),
-            Error::Refused { status, hint, .. } if *status == StatusCode::UNAUTHORIZED => hint.clone().or_else(|| {
+            // The node's own hint is for those who write requests.
+            Error::Refused { status, .. } if *status == StatusCode::UNAUTHORIZED => {
                 Some(format!("put the token into a variable and name it with --token-env, or use {USUAL_TOKEN}"))
-            }),
+            }
             Error::Refused { hint, .. } => hint.clone(),
             Error::Strange { .. } => Some(String::from("check --url")),
         };

@@ -357,7 +357,7 @@ impl<'q> Course<'q> {
         said.retain(|text| !text.is_empty());
         let content = (!said.is_empty()).then(|| said.join(PARAGRAPH));
         let reply = content.map(|content| Reply { content: Some(content), data: None });
-        (Thought { actions: taken.actions(), model, usage: Some(usage), steps }, reply)
+        (Thought { actions: taken.actions(), model, usage: Some(usage), steps, cut: None }, reply)
     }
 
     /// Whether words were said before the next answer.
@@ -370,7 +370,7 @@ impl<'q> Course<'q> {
 pub fn left_off(steps: &[Arc<Step>]) -> Thought {
     let taken = gone_through(steps);
     let usage = (!taken.rounds.is_empty()).then(|| taken.usage());
-    Thought { actions: taken.actions(), model: taken.model(), usage, steps: taken.count() }
+    Thought { actions: taken.actions(), model: taken.model(), usage, steps: taken.count(), cut: None }
 }
 
 /// Whether a tool that may not be called twice is at work.

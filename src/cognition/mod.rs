@@ -8,7 +8,7 @@ use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 
-use crate::types::{Fault, InstanceKey, Kind, Millis, Profile, StateDoc, Step, Stimulus, TurnRecord, Usage};
+use crate::types::{Cut, Fault, InstanceKey, Kind, Millis, Profile, StateDoc, Step, Stimulus, TurnRecord, Usage};
 
 pub mod answer;
 pub mod course;
@@ -77,6 +77,8 @@ pub struct Thought {
     pub usage: Option<Usage>,
     /// Model and tool calls made.
     pub steps: u32,
+    /// Why the answer ended before its end, if it did.
+    pub cut: Option<Cut>,
 }
 
 /// Receives the words of an answer while it is being thought, and its steps.

@@ -145,7 +145,7 @@ impl Script {
         }
         let asked = question.stimulus.content.as_deref().map_or(0, |text| words::words(text).count());
         let usage = Usage { input_tokens: asked as u64, output_tokens: u64::from(self.tokens()) };
-        Ok(Thought { actions, model: None, usage: Some(usage), steps: 1 })
+        Ok(Thought { actions, usage: Some(usage), steps: 1, ..Thought::default() })
     }
 }
 

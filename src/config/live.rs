@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, fmt};
 
 use secrecy::ExposeSecret as _;
 
-use super::{Auth, Config};
+use super::Config;
 
 /// A setting that changes while a node runs.
 #[derive(Debug, Clone, Copy)]
@@ -122,17 +122,24 @@ fn changes(old: &Config, new: &Config) -> Vec<Change> {
         .filter(|change| change.old != change.new)
         .collect();
     // Secrets look the same whatever they are.
-    if !changes.iter().any(|change| change.key == TOKENS) && secrets(&old.auth) != secrets(&new.auth) {
-        let hidden = || String::from("***");
-        changes.push(Change { key: String::from(TOKENS), old: hidden(), new: hidden() });
+    let (before, after) = (secrets(old), secrets(new));
+    for (key, secret) in &after {
+        let is_told = changes.iter().any(|change| change.key.starts_with(key));
+        if !is_told && before.get(key).is_some_and(|before| before != secret) {
+            let hidden = || String::from("***");
+            changes.push(Change { key: key.clone(), old: hidden(), new: hidden() });
+        }
     }
     changes
 }
 
-const TOKENS: &str = "auth.tokens";
-
-fn secrets(auth: &Auth) -> Vec<Option<&str>> {
-    auth.tokens.iter().map(|token| token.token.as_ref().map(|secret| secret.expose_secret())).collect()
+/// What is never told, by the names it is told under.
+fn secrets(config: &Config) -> BTreeMap<String, Vec<Option<&str>>> {
+    let tokens = config.auth.tokens.iter().map(|token| token.token.as_ref().map(|secret| secret.expose_secret()));
+    let env = config.tools.mcp.iter().map(|(name, server)| {
+        (format!("tools.mcp.{name}.env"), server.env.values().map(|value| Some(value.as_str())).collect())
+    });
+    env.chain([(String::from("auth.tokens"), tokens.collect())]).collect()
 }
 
 /// Each setting by its name, as TOML, secrets as `***`.
@@ -210,6 +217,16 @@ mod tests {
         };
         assert_eq!(plan(&with("eins"), &with("eins")), Plan::Apply(Vec::new()));
         assert_eq!(told(plan(&with("eins"), &with("zwei"))), ["auth.tokens: *** -> ***"]);
+        let with_env = |secret: &str| {
+            let mut config = Config::default();
+            let server = toml::from_str(&format!("command = 'x'\nenv = {{KEY = '{secret}'}}")).unwrap();
+            config.tools.mcp.insert(String::from("files"), server);
+            config
+        };
+        assert_eq!(plan(&with_env("eins"), &with_env("eins")), Plan::Apply(Vec::new()));
+        assert_eq!(told(plan(&with_env("eins"), &with_env("zwei"))), ["tools.mcp.files.env: *** -> ***"]);
+        let added = told(plan(&Config::default(), &with_env("eins")));
+        assert!(!added.is_empty() && !added.concat().contains("eins"), "{added:?}");
         let added = told(plan(&Config::default(), &with("eins")));
         assert!(added.len() == 1 && added[0].starts_with("auth.tokens: ") && !added[0].contains("eins"), "{added:?}");
     }

@@ -2,6 +2,8 @@
 //!
 //! Tests: at the foot; `tests/it/config.rs` reads it back into the binary.
 
+use std::collections::BTreeMap;
+
 use toml::de::{DeTable, DeValue};
 
 use super::{live::live, load::Loaded};
@@ -82,6 +84,14 @@ pub(super) fn hide<S: serde::Serializer>(
     serializer.serialize_str("***")
 }
 
+/// Serializes names with their values as `***`: an environment often holds keys.
+pub(super) fn hide_values<S: serde::Serializer>(
+    values: &BTreeMap<String, String>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(values.keys().map(|name| (name, "***")))
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -93,6 +103,7 @@ mod tests {
             set: vec![
                 String::from("http.listen=127.0.0.1:9"),
                 String::from("auth.tokens=[{token = 'geheim', tenant = 't', name = 'n'}]"),
+                String::from("tools.mcp.files={command = 'files', env = {KEY = 'geheim'}}"),
             ],
             ..Sources::default()
         };
@@ -101,6 +112,7 @@ mod tests {
         let line = |key: &str| printed.lines().find(|line| line.starts_with(key)).unwrap().to_owned();
         assert!(line("listen = \"127.0.0.1:9\"").ends_with("# --set http.listen"));
         assert!(line("token = \"***\"").ends_with("# --set auth.tokens"));
+        assert!(line("KEY = \"***\"").contains("# --set tools.mcp.files"), "{printed}");
         assert!(line("max_batch").ends_with("  # default") && line("cache_l1_size_mb").ends_with("# live, default"));
         let again: Config = toml::from_str(&printed).unwrap();
         assert_eq!(again.http.listen, "127.0.0.1:9".parse().unwrap());

@@ -72,6 +72,7 @@ pub struct McpServer {
     /// Its arguments.
     pub args: Vec<String>,
     /// Its environment, beside PATH, HOME, LANG and TMPDIR.
+    #[serde(serialize_with = "super::print::hide_values")]
     pub env: BTreeMap<String, String>,
     /// Variables of the node's environment that it gets, too.
     pub pass_env: Vec<String>,

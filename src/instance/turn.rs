@@ -162,6 +162,7 @@ pub fn conclude(
         decided_at: now,
         epoch: 0,
     };
+    author.thought.cut.into_iter().for_each(|cut| record.cut_short(cut));
     let weigh = |parts: Parts| parts.change(state).map(|change| (change, parts));
     let mut weighed = decision.map(Parts::sort).and_then(weigh);
     if let Err(reason) = &weighed

@@ -17,6 +17,7 @@
 //! | `lexical` | the built-in embedder |
 //! | `endpoint`, `backfill` | vectors of a model server; those that come after their episodes |
 //! | `prune` | which episodes go |
+//! | `transfer` | whole memories out and in |
 //!
 //! Invariants: a recall sees every committed turn, on whichever node it is asked; what is forgotten is on no shelf that was asked
 //! since; shelves are bounded in bytes. Decision: `docs/adr/0016-episodes-and-recall.md`. Tests: at the foot of each file;
@@ -41,6 +42,7 @@ mod part;
 mod prune;
 mod shelf;
 mod shelves;
+mod transfer;
 mod vector;
 
 pub use ask::{Ask, Known};
@@ -48,6 +50,7 @@ pub use checkpoint::Checkpoint;
 pub use fuse::{Explained, Ranked};
 pub use prune::{Forget, Prune};
 pub use shelf::Figures;
+pub use transfer::Exported;
 
 use futures_util::future::try_join_all;
 
@@ -64,7 +67,7 @@ use crate::{
     scaling::cache::TieredCache,
     store::{self, Episode, Store, rank, replay},
     telemetry::metric,
-    types::{EpisodeId, Fault, InstanceKey, Kind, Millis, TenantId, limits::MAX_RECALL, memory::Extra},
+    types::{EpisodeId, Fault, InstanceKey, Kind, Millis, TenantId, limits::MAX_RECALL},
 };
 
 /// Turns of one page of an export.
@@ -170,15 +173,6 @@ pub struct Recollection {
     pub forgotten: u64,
     /// Why the text was looked for by its words alone, where a model server should have helped.
     pub degraded: Option<String>,
-}
-
-/// An episode as it is exported.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Exported {
-    /// It.
-    pub episode: Episode,
-    /// What it carries beside.
-    pub extra: Extra,
 }
 
 /// The memories of a node's instances. Cheap to share; all methods are cancel safe.
@@ -395,21 +389,6 @@ impl Memory {
         }
     }
 
-    /// Of the lines of an import the episodes that came from them already.
-    ///
-    /// # Errors
-    /// [`Error::Store`].
-    pub async fn imported(&self, key: &InstanceKey, lines: &[String]) -> Result<Vec<Option<EpisodeId>>, Error> {
-        match self.current(key).await {
-            Err(Error::NotFound) => Ok(vec![None; lines.len()]),
-            shelf => {
-                let shelf = shelf?;
-                let shelf = shelf.read().await;
-                Ok(lines.iter().map(|line| shelf.imported(line)).collect())
-            }
-        }
-    }
-
     /// The episodes that go when only so much is to stay, in order.
     ///
     /// # Errors
@@ -433,12 +412,8 @@ impl Memory {
                 let page = self.store.remembered(key, after, PAGE).await?;
                 let Some(last) = page.turns.last() else { break };
                 after = last.turn;
-                let says = |episode: &Episode| {
-                    episode.content.to_lowercase().contains(&text)
-                        || episode.data.as_ref().is_some_and(|data| data.get().to_lowercase().contains(&text))
-                };
                 let all = page.turns.iter().flat_map(|turn| replay::episodes(turn));
-                ids.extend(all.filter(says).map(|episode| EpisodeId(episode.id)));
+                ids.extend(all.filter(|episode| prune::says(episode, &text)).map(|episode| EpisodeId(episode.id)));
             }
         }
         ids.sort_unstable();
@@ -453,34 +428,6 @@ impl Memory {
     pub async fn with_vectors(&self, key: &InstanceKey, ids: Vec<EpisodeId>) -> Result<Vec<EpisodeId>, Error> {
         let shelf = self.current(key).await?;
         self.shelves.look(&shelf, move |shelf| Ok(shelf.with_vectors(ids))).await
-    }
-
-    /// Some episodes behind a turn, oldest first, and the turn to go on from; no turn when these were the last.
-    ///
-    /// # Errors
-    /// [`Error::Store`].
-    pub async fn export(&self, key: &InstanceKey, after: u64) -> Result<(Vec<Exported>, Option<u64>), Error> {
-        let page = self.store.remembered(key, after, PAGE).await?;
-        let mut found = Vec::new();
-        for turn in &page.turns {
-            let mut extras = turn.extras();
-            for episode in replay::episodes(turn) {
-                let extra = extras.get_mut(EpisodeId(episode.id).place()).map(std::mem::take).unwrap_or_default();
-                found.push(Exported { episode, extra });
-            }
-        }
-        let lines: Vec<String> = found.iter().filter_map(|exported| exported.extra.line.clone()).collect();
-        if !lines.is_empty() {
-            // Of imports side by side that took the same line one is an episode.
-            let known = self.imported(key, &lines).await?;
-            let known: HashMap<&String, EpisodeId> =
-                lines.iter().zip(known).filter_map(|(line, id)| Some((line, id?))).collect();
-            found.retain(|exported| {
-                let first = exported.extra.line.as_ref().and_then(|line| known.get(line));
-                first.is_none_or(|first| first.0 == exported.episode.id)
-            });
-        }
-        Ok((found, page.turns.last().map(|turn| turn.turn)))
     }
 
     /// Lets go of what is in memory of an instance that is gone.

@@ -1,9 +1,14 @@
 //! Which episodes go when a memory is to be made smaller, or something is to be forgotten. Pure.
 //!
-//! Tests: `shelf/tests.rs`.
+//! Tests: `shelf/tests.rs`; of what is said at the foot.
+
+use serde_json::Value;
 
 use super::shelf::{Shelf, Standing};
-use crate::types::{EpisodeId, Millis};
+use crate::{
+    store::Episode,
+    types::{EpisodeId, Millis},
+};
 
 /// How to make a memory smaller.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -60,5 +65,63 @@ impl Forget {
         ids.sort_unstable();
         let tagged = |episode: &Standing<'_>| self.tags.iter().any(|tag| episode.tags.contains(&tag.as_str()));
         shelf.pick(|episode| ids.binary_search(&episode.id).is_ok() || tagged(episode))
+    }
+}
+
+/// Whether an episode says a text, which is in lower case. JSON may spell signs as escapes, so its texts are looked at as they
+/// read, too.
+pub(super) fn says(episode: &Episode, text: &str) -> bool {
+    let Some(data) = episode.data.as_ref().map(|data| data.get()) else {
+        return episode.content.to_lowercase().contains(text);
+    };
+    let reads = || serde_json::from_str(data).is_ok_and(|value| reads(&value, text));
+    episode.content.to_lowercase().contains(text)
+        || data.to_lowercase().contains(text)
+        || (data.contains('\\') && reads())
+}
+
+/// Whether a text stands in a name or a text of a value. No deeper than what the doors take.
+fn reads(value: &Value, text: &str) -> bool {
+    match value {
+        Value::String(said) => said.to_lowercase().contains(text),
+        Value::Array(values) => values.iter().any(|value| reads(value, text)),
+        Value::Object(fields) => {
+            fields.iter().any(|(name, value)| name.to_lowercase().contains(text) || reads(value, text))
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::types::RawJson;
+
+    #[test]
+    fn what_is_to_be_forgotten_is_found_however_json_spells_it() {
+        let episode = |content: &str, data: Option<&str>| Episode {
+            id: 1,
+            turn: 1,
+            content: content.to_owned(),
+            data: data.map(|data| RawJson::parse(data).unwrap()),
+            tags: vec![],
+            reward: None,
+            occurred_at: Millis(0),
+            recorded_at: Millis(0),
+            score: 0.0,
+        };
+        for (content, data, text) in [
+            ("The boiler FAILED", None, "boiler failed"),
+            ("", Some(r#"{"who":"Ren\u00e9e"}"#), "renée"),
+            ("", Some(r#"{"a":[{"Stra\u00dfe":1}]}"#), "straße"),
+            ("", Some(r#"["C:\\temp \"x\""]"#), r#"c:\temp "x""#),
+            ("", Some(r#"{"n":7731}"#), "7731"),
+            ("", Some(r#"{"who":"Bob"}"#), r#""who":"bob""#),
+            ("x", Some(r#"{"a":"b\/c"}"#), "b/c"),
+        ] {
+            assert!(says(&episode(content, data), text), "{content} {data:?} {text}");
+        }
+        assert!(!says(&episode("The boiler", Some(r#"{"a":"\u0062"}"#)), "kettle"));
     }
 }

@@ -5,7 +5,7 @@
 //! of a forgotten episode only the note remains, with when it was recorded and when forgotten. An episode from a line of an
 //! import that had become one before is a repeat: nobody recalls it.
 //!
-//! Pure. Not here: `search`. Tests: `shelf/tests.rs`.
+//! Pure. Not here: `search`, what an import asks (`known`). Tests: `shelf/tests.rs`.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -18,9 +18,10 @@ use super::{
 };
 use crate::{
     store::Episode,
-    types::{EpisodeId, Millis, RawJson, TurnRecord, id::stable_hash},
+    types::{EpisodeId, Millis, RawJson, TurnRecord},
 };
 
+mod known;
 mod search;
 
 /// How many episodes before it a new one is compared with by its vector.
@@ -457,11 +458,6 @@ impl Shelf {
     /// Numbers of the vectors that were given.
     pub(crate) fn dimension(&self) -> Option<usize> {
         self.given.as_ref().map(Matrix::dimension)
-    }
-
-    /// The episode that came from a line of an import. One that was forgotten since came from it all the same.
-    pub(crate) fn imported(&self, line: &str) -> Option<EpisodeId> {
-        self.lines.get(&stable_hash(line.bytes())).map(|slot| self.notes[*slot as usize].id)
     }
 
     /// How many episodes it knows, forgotten ones included.

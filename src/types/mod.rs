@@ -37,4 +37,4 @@ pub use step::{Message, Speaker, Step};
 pub use stimulus::{Priority, ReplyTo, Source, Stimulus};
 pub use time::Millis;
 pub use tool::{ToolCall, ToolResult, ToolSpec};
-pub use turn::{Effect, EffectKind, EpisodeDraft, Outcome, Reply, StateChange, TurnRecord, Usage};
+pub use turn::{Cut, Effect, EffectKind, EpisodeDraft, Outcome, Reply, StateChange, TurnRecord, Usage};

@@ -94,7 +94,10 @@ impl<'de> Deserialize<'de> for Millis {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         if deserializer.is_human_readable() {
             let text = String::deserialize(deserializer)?;
-            Self::from_rfc3339(&text).map_err(serde::de::Error::custom)
+            Self::from_rfc3339(&text).map_err(|_| {
+                let shown: String = text.chars().take(40).collect();
+                serde::de::Error::custom(format!("'{shown}' is no time as in 2026-01-02T12:00:00Z (RFC 3339)"))
+            })
         } else {
             i64::deserialize(deserializer).map(Self)
         }

@@ -144,6 +144,28 @@ impl Usage {
     }
 }
 
+/// Why an answer ended before its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Cut {
+    /// At the most tokens it may have.
+    Length,
+    /// By what the model's server lets nobody say.
+    Filter,
+}
+
+impl Cut {
+    /// As servers of models spell it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Cut::Length => "length",
+            Cut::Filter => "content_filter",
+        }
+    }
+}
+
+/// How the error of a turn begins whose answer is not all that was to be said; behind it stands why.
+const CUT_SHORT: &str = "the answer was cut short: ";
+
 /// One committed turn.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct TurnRecord {
@@ -171,7 +193,7 @@ pub struct TurnRecord {
     pub model: Option<String>,
     /// What it consumed.
     pub usage: Option<Usage>,
-    /// Why it failed, when it did.
+    /// Why it failed, when it did, or why its answer is cut short.
     pub error: Option<String>,
     /// When it was decided.
     pub decided_at: Millis,
@@ -209,6 +231,17 @@ impl TurnRecord {
         self.engine = format!("{MERGED}:{turn}");
     }
 
+    /// Notes that the answer was cut short.
+    pub fn cut_short(&mut self, cut: Cut) {
+        self.error = Some(format!("{CUT_SHORT}{}", cut.as_str()));
+    }
+
+    /// Why the answer was cut short, if it was.
+    pub fn cut(&self) -> Option<Cut> {
+        let why = self.error.as_deref()?.strip_prefix(CUT_SHORT)?;
+        [Cut::Length, Cut::Filter].into_iter().find(|cut| cut.as_str() == why)
+    }
+
     /// The turn whose thought this one shared. Builds before did not note it: it is the nearest one before this that is not
     /// merged.
     pub fn decided_with(&self) -> Option<u64> {
@@ -244,7 +277,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_turn_that_shared_a_thought_names_it() {
+    fn a_turn_names_what_it_shared_and_why_it_was_cut_short() {
         let stimulus = Stimulus::text(super::super::Source::Http, Channel::new("c").unwrap(), "hi", Millis(0));
         let mut turn = TurnRecord {
             turn: 9,
@@ -266,6 +299,11 @@ mod tests {
         assert_eq!((turn.engine(), turn.decided_with()), (MERGED, None), "by a build before");
         turn.share(7);
         assert_eq!((turn.engine(), turn.decided_with()), (MERGED, Some(7)));
+        assert_eq!(turn.cut(), None);
+        for cut in [Cut::Length, Cut::Filter] {
+            turn.cut_short(cut);
+            assert_eq!(turn.cut(), Some(cut));
+        }
         for engine in ["llm", "mergedx", "mergers:7"] {
             turn.engine = String::from(engine);
             assert_eq!((turn.engine(), turn.decided_with()), (engine, None));

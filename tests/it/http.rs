@@ -256,12 +256,18 @@ async fn a_stream_resumes_after_its_client_failed() {
     }
     drop(stream);
     let last = seen.iter().rev().find_map(|event| event.id.clone()).unwrap();
-    let mut stream = Events::open(request().header("last-event-id", &last)).await;
-    let rest = stream.until("turn").await;
-    assert!(rest.iter().all(|event| event.name != "accepted" && event.data["step"] != "restart"), "{rest:?}");
-    seen.extend(rest);
-    assert_eq!(text_shown(&seen), STORY);
+    // Whether it comes back while the answer is thought or when the turn is there, it gets the words it lacks, and no others.
+    for _ in ["thinking", "decided"] {
+        let mut stream = Events::open(request().header("last-event-id", &last)).await;
+        let rest = stream.until("turn").await;
+        assert!(rest.iter().all(|event| event.name != "accepted" && event.data["step"] != "restart"), "{rest:?}");
+        assert_eq!(format!("{}{}", words(&seen), words(&rest)), STORY);
+    }
     assert_eq!(http.get("/v1/instances/teller").await.expect(200)["turn"], 1);
+    // One that has other words is told to forget them.
+    let other = format!("t-1:1:{:x}:3:{:x}", 7, 7);
+    let anew = Events::open(request().header("last-event-id", &other)).await.until("turn").await;
+    assert_eq!((&anew[0].data["step"], words(&anew)), (&json!("restart"), String::from(STORY)));
 }
 
 #[tokio::test]

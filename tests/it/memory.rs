@@ -234,6 +234,67 @@ async fn a_whole_memory_goes_out_and_in() {
     assert!(problem["detail"].as_str().unwrap().contains("line 2"), "{problem}");
 }
 
+/// Ids are counted in each memory anew: what tells lines apart is the memory they are from.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memories_come_together_in_one_and_know_their_own() {
+    let node = Node::start().await;
+    let http = node.client();
+    let (ann, eve) = ("/v1/instances/ann", "/v1/instances/eve");
+    let blue = write(&http, json!({"content": "The sky is blue"})).await;
+    write(&http, json!({"content": "The sky is grey", "supersedes": [blue]})).await;
+    for content in ["Grass is green", "Grass was yellow"] {
+        http.post(&format!("{eve}/episodes"), &json!({"content": content})).await.expect(201);
+    }
+    let [of_ann, of_eve] =
+        [lines(&http, &format!("{ann}/memory/export")).await, lines(&http, &format!("{eve}/memory/export")).await];
+    assert_eq!(of_ann[0]["id"], of_eve[0]["id"], "the case in question");
+    let both = "/v1/instances/both/memory";
+    for export in [&of_ann, &of_eve] {
+        assert_eq!(import(&http, &format!("{both}/import"), export).await, json!({"imported": 2, "known": 0}));
+        assert_eq!(import(&http, &format!("{both}/import"), export).await, json!({"imported": 0, "known": 2}));
+    }
+    let stats = http.get(&format!("{both}/stats")).await.expect(200);
+    assert_eq!((&stats["episodes"], &stats["superseded"]), (&json!(3), &json!(1)), "{stats}");
+    // A memory's own lines do not come back into it, whatever was forgotten since.
+    http.post(&format!("{eve}/memory/forget"), &json!({"text": "yellow"})).await.expect(200);
+    assert_eq!(import(&http, &format!("{eve}/memory/import"), &of_eve).await, json!({"imported": 0, "known": 2}));
+    // One that is made anew under the same name is another.
+    http.delete(eve).await.expect(204);
+    assert_eq!(import(&http, &format!("{eve}/memory/import"), &of_eve).await, json!({"imported": 2, "known": 0}));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_was_taken_goes_out_in_and_away() {
+    let node = Node::start().await;
+    let http = node.client();
+    let large = "x".repeat(900_000);
+    write(&http, json!({"data": {"large": large}})).await;
+    let odd = "\u{1}".repeat(65_000);
+    write(&http, json!({"content": odd})).await;
+    let exported = lines(&http, &format!("{BASE}/memory/export")).await;
+    let taken = import(&http, "/v1/instances/bob/memory/import", &exported).await;
+    assert_eq!(taken, json!({"imported": 2, "known": 0}));
+
+    let refused = |body: Vec<u8>| {
+        let request = http.request(Method::POST, "/v1/instances/bob/memory/import").body(body);
+        async { Http::send(request).await.problem(400, "INVALID")["detail"].as_str().unwrap().to_owned() }
+    };
+    let endless = [&b"{\"content\":\"fine\"}\n{\"content\":\""[..], &vec![b'x'; 3_000_000]].concat();
+    let detail = refused(endless).await;
+    assert!(detail.starts_with("line 2: longer than "), "{detail}");
+    let detail = refused(b"[{\"content\":\"fine\"}]".to_vec()).await;
+    assert!(detail.starts_with("line 1: is no JSON object: one episode a line"), "{detail}");
+    let marked =
+        http.request(Method::POST, "/v1/instances/bob/memory/import").body("\u{feff}{\"content\":\"marked\"}\n");
+    assert_eq!(Http::send(marked).await.expect(200), json!({"imported": 1, "known": 0}));
+
+    // As programs spell what is beyond ASCII.
+    let escaped = http.request(Method::POST, &format!("{BASE}/episodes")).header("content-type", "application/json");
+    Http::send(escaped.body(r#"{"data": {"name": "Ren\u00e9e"}}"#)).await.expect(201);
+    let removed = http.post(&format!("{BASE}/memory/forget"), &json!({"text": "renée"})).await.expect(200);
+    assert_eq!(removed, json!({"removed": 1}));
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_remembered_is_refused_and_nothing_is_written() {
     let node = Node::start().await;
@@ -247,5 +308,10 @@ async fn what_cannot_be_remembered_is_refused_and_nothing_is_written() {
     http.get(&format!("{BASE}/memory/stats")).await.problem(404, "INSTANCE_NOT_FOUND");
     http.post(&format!("{BASE}/memory/prune"), &json!({})).await.problem(400, "INVALID");
     http.post(&format!("{BASE}/memory/forget"), &json!({})).await.problem(400, "INVALID");
+    let beyond = json!({"content": "x", "supersedes": ["7-0"]});
+    let problem = http.post(&format!("{BASE}/episodes"), &beyond).await.problem(400, "INVALID");
+    assert!(problem["detail"].as_str().unwrap().contains("there is no episode 7-0"), "{problem}");
+    http.post(&format!("{BASE}/episodes"), &json!(["x"])).await.problem(400, "INVALID");
+    http.post(&format!("{BASE}/recall"), &json!({"query": "x", "as_of": "then"})).await.problem(400, "INVALID");
     http.drop_in("ann", &json!({"content": "x", "channel": "memory/write"})).await.problem(400, "CHANNEL_RESERVED");
 }

@@ -106,6 +106,87 @@ async fn refusals_have_the_protocols_form() {
     assert_eq!(answer.expect(415)["error"]["code"], "unsupported_media_type");
 }
 
+#[tokio::test]
+async fn what_no_server_would_take_is_refused_before_it_is_accepted() {
+    let outside = Outside::start(|_, _| Said::Answer("Yes.", vec![])).await;
+    let node = Node::builder().config(&outside.config()).start().await;
+    let http = node.client();
+    let user = json!({"role": "user", "content": "hello"});
+    for (field, value) in [
+        ("max_tokens", json!("many")),
+        ("max_completion_tokens", json!(0)),
+        ("temperature", json!("hot")),
+        ("n", json!(2)),
+        ("tools[0].function.parameters", json!(null)),
+        ("messages[0].content", json!(null)),
+    ] {
+        let mut body = json!({"model": "ada", "messages": [user]});
+        match field {
+            "messages[0].content" => body["messages"][0]["content"] = json!(5),
+            "tools[0].function.parameters" => {
+                body["tools"] = json!([{"type": "function", "function": {"name": "look", "parameters": "none"}}]);
+            }
+            field => body[field] = value,
+        }
+        let error = http.post("/v1/chat/completions", &body).await.expect(400)["error"].clone();
+        assert_eq!((&error["param"], &error["code"]), (&json!(field), &json!("invalid")), "{error}");
+    }
+    http.get("/v1/instances/ada").await.problem(404, "INSTANCE_NOT_FOUND");
+    // Where there is no such call, its clients are told so in words they show.
+    for (method, path) in [(Method::POST, "/v1/responses"), (Method::DELETE, "/v1/models/ada")] {
+        let answer = Http::send(http.request(method, path)).await;
+        assert!(answer.json()["error"]["message"].is_string(), "{answer:?}");
+    }
+}
+
+/// Whole and streamed, an answer that reached its limit says so, and so does its turn.
+#[tokio::test]
+async fn an_answer_that_was_cut_short_says_so() {
+    let outside = Outside::start(|_, again| match again {
+        0 => Said::Cut("It is as far as", "length"),
+        1 => Said::Cut("", "length"),
+        2 => Said::Cut("One must", "content_filter"),
+        _ => Said::Answer("All of it.", vec![]),
+    });
+    let outside = outside.await;
+    let node = Node::builder().config(&outside.config()).start().await;
+    let http = node.client();
+    let ask = |stream: bool| json!({"model": "ada", "messages": [{"role": "user", "content": "how far?"}], "max_tokens": 5, "stream": stream});
+    for (content, finish) in [("It is as far as", "length"), ("", "length")] {
+        let choice = http.post("/v1/chat/completions", &ask(false)).await.expect(200)["choices"][0].clone();
+        assert_eq!((&choice["message"]["content"], &choice["finish_reason"]), (&json!(content), &json!(finish)));
+    }
+    for finish in ["content_filter", "stop"] {
+        let stream = http.request(Method::POST, "/v1/chat/completions").json(&ask(true)).send().await.unwrap();
+        let text = stream.text().await.unwrap();
+        assert!(text.contains(&format!("\"finish_reason\":\"{finish}\"")), "{text}");
+    }
+    let turns = http.turns("ada").await;
+    let told: Vec<_> = turns.iter().map(|turn| (turn["outcome"].as_str().unwrap(), turn["error"].as_str())).collect();
+    let [length, filter] = ["length", "content_filter"].map(|why| format!("the answer was cut short: {why}"));
+    let [length, filter] = [Some(length.as_str()), Some(filter.as_str())];
+    assert_eq!(told, [("replied", length), ("silent", length), ("replied", filter), ("replied", None)]);
+}
+
+/// What a server finds wrong with one tool of one client is no reason to ask without tools from then on.
+#[tokio::test]
+async fn one_clients_bad_tool_takes_nobody_elses_away() {
+    let outside = Outside::start(|_, again| match again {
+        0 => Said::Refused("Invalid schema for function 'look' in tools[0].function.parameters: not supported"),
+        _ => Said::Answer("Fine.", vec![]),
+    });
+    let outside = outside.await;
+    let node = Node::builder().config(&outside.config()).start().await;
+    let http = node.client();
+    let tool = json!({"type": "function", "function": {"name": "look", "parameters": {"type": "nonsense"}}});
+    let ask = json!({"model": "ada", "messages": [{"role": "user", "content": "hello"}], "tools": [tool]});
+    let error = http.post("/v1/chat/completions", &ask).await.expect(422)["error"].clone();
+    assert!(error["message"].as_str().unwrap().contains("tools[0].function.parameters"), "{error}");
+    http.post("/v1/chat/completions", &ask).await.expect(200);
+    let offered = outside.bodies().last().unwrap()["tools"].clone();
+    assert!(offered.to_string().contains("\"look\""), "{offered}");
+}
+
 /// Words of whole chunks, and the last id.
 fn words(text: &str) -> (String, String) {
     let whole = &text[..text.rfind("\n\n").map_or(0, |at| at + 2)];

@@ -75,6 +75,9 @@ fn caption(turn: &Value) -> String {
     {
         text.push_str(&format!(" · {input} + {output} tokens"));
     }
+    if let Some(error) = turn["error"].as_str() {
+        text.push_str(&format!(" · {error}"));
+    }
     out::plain(&text)
 }
 
@@ -238,6 +241,9 @@ mod tests {
         assert_eq!(caption(&turn), "turn 3 · llm qwen · 12 + 4 tokens");
         assert_eq!(reply_of(&turn).as_deref(), Some("hi"));
         assert_eq!(failure_of(&turn), None);
+        let short =
+            json!({"turn": 3, "engine": "llm", "error": "the answer was cut short: length", "outcome": "replied"});
+        assert_eq!(caption(&short), "turn 3 · llm · the answer was cut short: length");
         assert_eq!(reply_of(&json!({"reply": {"data": {"on": true}}})).as_deref(), Some(r#"{"on":true}"#));
         assert_eq!(reply_of(&json!({"reply": null})), None);
         assert_eq!(failure_of(&json!({"outcome": "failed", "error": "boom"})).as_deref(), Some("boom"));

@@ -19,7 +19,7 @@ use crate::{
     cognition::Progress,
     scaling::cache::{Kind, Packed, Slot, TieredCache},
     telemetry::metric,
-    types::{Profile, ToolCall, Usage},
+    types::{Cut, Profile, ToolCall, Usage},
 };
 
 /// An answer as it was said first.
@@ -29,6 +29,7 @@ struct Said {
     /// Lengths of the pieces it came in.
     pieces: Vec<u32>,
     calls: Vec<ToolCall>,
+    cut: Option<Cut>,
 }
 
 impl Said {
@@ -74,6 +75,7 @@ impl Provider {
                 text: answer.text,
                 pieces: utterance.pieces(),
                 calls: answer.calls,
+                cut: answer.cut,
             })))
         });
         let Some(said) = said.await? else { return self.ask(ask, course.left(), utterance).await };
@@ -83,7 +85,7 @@ impl Provider {
             metrics::counter!(metric::MODEL_CALLS, "provider" => name, "result" => "cached").increment(1);
         }
         let usage = usage.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-        Ok(Answer { text: said.value.text.clone(), calls: said.value.calls.clone(), usage })
+        Ok(Answer { text: said.value.text.clone(), calls: said.value.calls.clone(), usage, cut: said.value.cut })
     }
 
     /// Where the answers to all requests like this one are held: the same endpoint, model, messages, tools and options.

@@ -1,7 +1,7 @@
 //! One call to an OpenAI-compatible chat endpoint: ask, read the stream, say how it ended.
 //!
-//! Owns: the wire format, the idle limit, what a status or a broken stream means, and getting along with servers that refuse
-//! or omit optional fields. Not here: retries, places and the breaker (`mod.rs`).
+//! Owns: the request, the idle limit, what a status or a broken stream means, and getting along with servers that refuse
+//! optional fields. Not here: what pieces of an answer amount to (`reading.rs`), retries, places and the breaker (`mod.rs`).
 //! Invariants: everything read is bounded; a key never reaches a log or an error text; dropping the future closes the
 //! connection, which is how the provider learns that nobody listens.
 //! Tests: at the foot; `tests/it/thinking.rs` against a server that misbehaves.
@@ -20,17 +20,18 @@ use reqwest::{
     header::{ACCEPT, CONTENT_TYPE, DATE, HeaderMap, RETRY_AFTER},
 };
 use secrecy::{ExposeSecret, SecretString};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Map, Value};
 use tokio::time::timeout;
 
 use super::{
+    reading::Reading,
     sse::{Event, Parser},
-    wire::{Calls, Piece, Spoken, Tool},
+    wire::{Spoken, Tool},
 };
 use crate::{
     cognition::Progress,
-    types::{InstanceKey, Message, ToolCall, Usage, limits::MAX_ANSWER_BYTES},
+    types::{Cut, InstanceKey, Message, ToolCall, Usage, limits::MAX_ANSWER_BYTES},
 };
 
 /// Most bytes read of an answer that is no stream, and of an error's body.
@@ -41,7 +42,7 @@ const BYTES_PER_TOKEN: usize = 4;
 /// Most models that are known to refuse tools.
 const MAX_TOOLLESS: usize = 100;
 /// Most characters of a provider's own words in an error.
-const MAX_ERROR_CHARS: usize = 300;
+pub(super) const MAX_ERROR_CHARS: usize = 300;
 
 /// What is asked.
 #[derive(Debug, Clone, Copy)]
@@ -63,7 +64,7 @@ impl Ask<'_> {
     }
 
     /// About how many of them go out.
-    fn told(&self) -> u64 {
+    pub(super) fn told(&self) -> u64 {
         let called = |message: &Message| message.calls.iter().map(|call| call.arguments.len()).sum::<usize>();
         let bytes: usize = self.messages.iter().map(|message| message.content.len() + called(message)).sum();
         bytes.div_ceil(BYTES_PER_TOKEN) as u64
@@ -78,6 +79,8 @@ pub(super) struct Answer {
     pub(super) calls: Vec<ToolCall>,
     /// As the provider counted, or estimated when it did not.
     pub(super) usage: Usage,
+    /// Why it ended before its end, if it did.
+    pub(super) cut: Option<Cut>,
 }
 
 /// Why nothing came back.
@@ -286,10 +289,11 @@ impl Client {
         if words.contains("stream_options") || words.contains("include_usage") {
             return !self.no_stream_options.swap(true, Ordering::AcqRel);
         }
-        // "does not support tools", "tools are not supported", "unknown field tools"
-        let about_tools = words.contains("tools") && !ask.tools.is_empty();
         let mut toolless = self.toolless();
-        about_tools && toolless.len() < MAX_TOOLLESS && toolless.insert(ask.model.to_owned())
+        !ask.tools.is_empty()
+            && wants_no_tools(words)
+            && toolless.len() < MAX_TOOLLESS
+            && toolless.insert(ask.model.to_owned())
     }
 
     fn hide_key(&self, words: String) -> String {
@@ -302,6 +306,20 @@ impl Client {
     fn silence(&self) -> Failure {
         Failure::Again { reason: format!("nothing came for {} s", self.idle.as_secs_f32()), after: None, alive: false }
     }
+}
+
+/// Whether a server says that it takes no tools at all: "does not support tools", "tools are not supported", "unknown field
+/// tools". What it says of one of them (`tools[0].function.parameters`) is about that one, and no reason to leave all out.
+fn wants_no_tools(words: &str) -> bool {
+    let words = words.to_ascii_lowercase();
+    let of_one = words.match_indices("tools").any(|(at, _)| {
+        let mut behind = words[at + "tools".len()..].chars();
+        matches!((behind.next(), behind.next()), (Some('[' | '.' | '/'), Some('0'..='9')))
+    });
+    let refuses =
+        ["support", "unknown", "unrecognized", "unexpected", "not permitted", "not allowed", "not enabled", "requires"];
+    let about_tools = words.contains("tools") || words.contains("tool choice requires");
+    about_tools && !of_one && refuses.iter().any(|word| words.contains(word))
 }
 
 fn content_type(response: &Response) -> String {
@@ -358,110 +376,10 @@ fn message_of(body: &[u8]) -> String {
     error_words(json.get("error").unwrap_or(&json))
 }
 
-fn error_words(error: &Value) -> String {
+pub(super) fn error_words(error: &Value) -> String {
     match error.get("message").unwrap_or(error) {
         Value::String(words) => words.clone(),
         other => other.to_string(),
-    }
-}
-
-#[derive(Deserialize)]
-struct Chunk {
-    #[serde(default)]
-    choices: Vec<Choice>,
-    #[serde(default)]
-    usage: Option<WireUsage>,
-    #[serde(default)]
-    error: Option<Value>,
-}
-
-#[derive(Deserialize)]
-struct Choice {
-    #[serde(default)]
-    delta: Option<Said>,
-    #[serde(default)]
-    message: Option<Said>,
-    #[serde(default)]
-    finish_reason: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct Said {
-    #[serde(default)]
-    content: Option<String>,
-    #[serde(default)]
-    tool_calls: Option<Vec<Piece>>,
-}
-
-#[derive(Deserialize)]
-struct WireUsage {
-    #[serde(default)]
-    prompt_tokens: u64,
-    #[serde(default)]
-    completion_tokens: u64,
-}
-
-/// An answer while it arrives.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Reading {
-    text: String,
-    calls: Calls,
-    usage: Option<Usage>,
-    /// Pieces with text in them.
-    pieces: u64,
-    /// The provider said why it stopped.
-    finished: bool,
-    /// Nothing more is wanted.
-    done: bool,
-}
-
-impl Reading {
-    /// Takes an event and yields the words in it.
-    fn take(&mut self, event: &Event) -> Result<Option<String>, Failure> {
-        let data = event.data.trim();
-        if data == "[DONE]" {
-            self.done = true;
-            return Ok(None);
-        }
-        if data.is_empty() {
-            return Ok(None);
-        }
-        let again = |reason: String| Failure::Again { reason, after: None, alive: false };
-        let chunk: Chunk = serde_json::from_str(data).map_err(|error| again(format!("unreadable answer: {error}")))?;
-        if let Some(error) = chunk.error.filter(|error| !error.is_null()) {
-            let words: String = error_words(&error).chars().take(MAX_ERROR_CHARS).collect();
-            return Err(again(format!("the provider gave up: {words}")));
-        }
-        if let Some(usage) = chunk.usage {
-            self.usage = Some(Usage { input_tokens: usage.prompt_tokens, output_tokens: usage.completion_tokens });
-        }
-        let Some(choice) = chunk.choices.into_iter().next() else { return Ok(None) };
-        self.finished |= choice.finish_reason.is_some() || choice.message.is_some();
-        let Some(said) = choice.delta.or(choice.message) else { return Ok(None) };
-        let before = self.calls.weight();
-        said.tool_calls.unwrap_or_default().into_iter().for_each(|piece| self.calls.take(piece));
-        self.pieces += u64::from(self.calls.weight() > before);
-        let mut piece = said.content.unwrap_or_default();
-        let room = MAX_ANSWER_BYTES - self.text.len();
-        if piece.len() > room {
-            // An endless answer is cut, at a character, and the connection closed.
-            piece.truncate((0..=room).rev().find(|&at| piece.is_char_boundary(at)).unwrap_or(0));
-            self.done = true;
-        }
-        if piece.is_empty() {
-            return Ok(None);
-        }
-        self.pieces += 1;
-        self.text.push_str(&piece);
-        Ok(Some(piece))
-    }
-
-    /// The finished answer. Without the provider's count, a token is taken for a piece of the stream going out and for four
-    /// bytes going in.
-    fn answer(self, ask: Ask<'_>) -> Answer {
-        let estimate = || Usage { input_tokens: ask.told(), output_tokens: self.pieces };
-        let usage = self.usage.unwrap_or_else(estimate);
-        Answer { text: self.text, calls: self.calls.finish(), usage }
     }
 }
 
@@ -471,70 +389,25 @@ mod tests {
     use reqwest::header::HeaderValue;
 
     use super::*;
-    use crate::types::{InstanceId, Speaker, TenantId};
-
-    fn key() -> InstanceKey {
-        InstanceKey::new(TenantId::new("t").unwrap(), InstanceId::new("lamp").unwrap())
-    }
-
-    fn ask<'a>(who: &'a InstanceKey, messages: &'a [Message]) -> Ask<'a> {
-        static NO_OPTIONS: std::sync::LazyLock<Map<String, Value>> = std::sync::LazyLock::new(Map::new);
-        Ask { who, model: "m", messages, tools: &[], max_tokens: 1, options: &NO_OPTIONS }
-    }
-
-    fn event(data: &str) -> Event {
-        Event { name: String::new(), data: data.to_owned() }
-    }
 
     #[test]
-    fn a_stream_is_read_to_its_end_with_its_usage() {
-        let mut reading = Reading::default();
-        let mut words = Vec::new();
-        for data in [
-            r#"{"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}],"usage":null}"#,
-            r#"{"choices":[{"delta":{"content":"Hel"},"finish_reason":null}]}"#,
-            r#"{"choices":[{"delta":{"content":"lo"},"finish_reason":null}]}"#,
-            r#"{"choices":[{"delta":{},"finish_reason":"stop"}]}"#,
-            r#"{"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":2,"total_tokens":7}}"#,
-            "[DONE]",
+    fn only_a_server_that_takes_no_tools_is_asked_without() {
+        for words in [
+            "registry.example/tiny does not support tools",
+            "Tools are not supported by this model.",
+            "unknown field `tools`, expected one of `model`",
+            "[{'type': 'extra_forbidden', 'loc': ['body', 'tools'], 'msg': 'Extra inputs are not permitted'}]",
+            "\"auto\" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set",
         ] {
-            words.extend(reading.take(&event(data)).unwrap());
+            assert!(wants_no_tools(words), "{words}");
         }
-        assert_eq!(words, ["Hel", "lo"]);
-        assert!(reading.finished && reading.done);
-        let answer = reading.answer(ask(&key(), &[]));
-        assert_eq!(
-            answer,
-            Answer { text: "Hello".into(), calls: vec![], usage: Usage { input_tokens: 5, output_tokens: 2 } }
-        );
-    }
-
-    #[test]
-    fn missing_usage_is_estimated() {
-        let mut reading = Reading::default();
-        for piece in ["a", "b", "c"] {
-            reading.take(&event(&format!(r#"{{"choices":[{{"delta":{{"content":"{piece}"}}}}]}}"#))).unwrap();
-        }
-        let messages = [Message::said(Speaker::User, "x".repeat(10))];
-        let usage = reading.answer(ask(&key(), &messages)).usage;
-        assert_eq!(usage, Usage { input_tokens: 3, output_tokens: 3 });
-    }
-
-    #[test]
-    fn an_endless_answer_is_cut_at_a_character() {
-        let mut reading = Reading::default();
-        let piece = "é".repeat(MAX_ANSWER_BYTES / 2 - 1) + "a";
-        let data = serde_json::json!({"choices": [{"delta": {"content": piece}}]}).to_string();
-        reading.take(&event(&data)).unwrap();
-        assert!(!reading.done);
-        reading.take(&event(&data)).unwrap();
-        assert!(reading.done && reading.text.len() <= MAX_ANSWER_BYTES);
-    }
-
-    #[test]
-    fn errors_within_a_stream_may_be_tried_again() {
-        for data in [r#"{"error":{"message":"overloaded","code":529}}"#, r#"{"error":"overloaded"}"#, "{not json"] {
-            assert!(matches!(Reading::default().take(&event(data)), Err(Failure::Again { .. })), "{data}");
+        for words in [
+            "Invalid schema for function 'look' in tools[0].function.parameters: type 'nonsense' is not supported",
+            "tools.0.function.name: unexpected character",
+            "this model's maximum context length is 8192 tokens, tools included",
+            "the key is not valid",
+        ] {
+            assert!(!wants_no_tools(words), "{words}");
         }
     }
 

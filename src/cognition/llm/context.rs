@@ -8,7 +8,7 @@
 //! result stands behind its call, and a call has its result.
 //! Tests: at the foot.
 
-use std::sync::Arc;
+use std::{collections::VecDeque, sync::Arc};
 
 use super::tokens;
 use crate::{
@@ -80,28 +80,30 @@ pub(super) fn told(question: &Question, room: usize) -> Vec<Message> {
     paired(messages)
 }
 
-/// Makes room for the newest steps: the oldest results are left out first, then whole messages behind the first, then what is
-/// longest is cut.
-pub(super) fn fit(messages: Vec<Message>, room: usize) -> Vec<Message> {
+/// What was told and the steps since, with room made for the newest steps: the oldest results are left out first, then what was
+/// said before the stimulus, then the oldest steps, each with its results; then what is longest is cut. The stimulus stays: a
+/// model that has forgotten what it was asked is of no use.
+pub(super) fn fit(told: Vec<Message>, since: Vec<Message>, room: usize) -> Vec<Message> {
     let room = room.max(LEAST);
-    let mut messages = paired(messages);
-    let mut cost = tokens::of_all(&messages);
-    let newest = messages.iter().rposition(|message| !message.calls.is_empty()).unwrap_or(0);
+    let (mut told, mut since) = (groups(paired(told)), groups(paired(since)));
+    let cost_of = |group: &Vec<Message>| tokens::of_all(group);
+    let mut cost: usize = told.iter().chain(&since).map(cost_of).sum();
     let of_left_out = tokens::of(LEFT_OUT);
-    for message in messages.iter_mut().take(newest).filter(|message| message.role == Speaker::Tool) {
+    let (before, older) = (told.len().saturating_sub(1), since.len().saturating_sub(1));
+    for message in told.iter_mut().take(before).chain(since.iter_mut().take(older)).flatten() {
         let before = tokens::of(&message.content);
-        if cost > room && before > of_left_out {
+        if message.role == Speaker::Tool && cost > room && before > of_left_out {
             message.content = String::from(LEFT_OUT);
             cost -= before - of_left_out;
         }
     }
-    while cost > room && messages.len() > 2 {
-        let results = messages[2..].iter().take_while(|message| message.role == Speaker::Tool).count();
-        if results + 2 >= messages.len() {
-            break;
+    let scene = told.pop_front();
+    for (from, stay) in [(&mut told, 1), (&mut since, 1)] {
+        while cost > room && from.len() > stay {
+            cost -= from.pop_front().map_or(0, |group| cost_of(&group));
         }
-        cost -= messages.drain(1..2 + results).map(|message| tokens::of_message(&message)).sum::<usize>();
     }
+    let mut messages: Vec<Message> = scene.into_iter().chain(told).chain(since).flatten().collect();
     for _ in 0..messages.len() {
         let longest = messages.iter_mut().max_by_key(|message| tokens::of(&message.content));
         let Some(message) = longest.filter(|_| cost > room) else { break };
@@ -147,6 +149,18 @@ fn paired(messages: Vec<Message>) -> Vec<Message> {
         out.extend(results);
     }
     out
+}
+
+/// Messages that can only go together: a call with its results.
+fn groups(messages: Vec<Message>) -> VecDeque<Vec<Message>> {
+    let mut groups: VecDeque<Vec<Message>> = VecDeque::new();
+    for message in messages {
+        match groups.back_mut() {
+            Some(group) if message.role == Speaker::Tool => group.push(message),
+            _ => groups.push_back(vec![message]),
+        }
+    }
+    groups
 }
 
 fn system(question: &Question, chat: &Chat, room: &mut Room) -> String {
@@ -464,9 +478,11 @@ mod tests {
             prop_assert!(tokens::of_all(&first) <= room, "{} of {room}", tokens::of_all(&first));
             prop_assert_eq!(first[0].role, Speaker::System);
             prop_assert_eq!(first[first.len() - 1].role, Speaker::User);
-            let all = fit([first, later].concat(), room);
+            let all = fit(first, later, room);
             prop_assert!(tokens::of_all(&all) <= room, "{} of {room}", tokens::of_all(&all));
             prop_assert_eq!(all[0].role, Speaker::System);
+            let asked = all.iter().rfind(|message| message.role == Speaker::User);
+            prop_assert!(asked.is_some_and(|asked| said.starts_with(&asked.content)), "{asked:?}");
             assert_paired(&all);
         }
     }

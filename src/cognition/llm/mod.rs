@@ -17,7 +17,9 @@ mod breaker;
 mod client;
 mod context;
 mod fair;
+mod offer;
 mod pool;
+mod reading;
 mod sse;
 mod tokens;
 mod wire;
@@ -26,7 +28,7 @@ use std::{
     collections::BTreeMap,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -54,7 +56,7 @@ use crate::{
         pool::{Limits, Tally},
     },
     telemetry::metric,
-    types::{Chat, Message, Profile, RawJson, Reply, chat::LeftCalls, step::Answered},
+    types::{Chat, Cut, Message, Profile, RawJson, Reply, chat::LeftCalls, step::Answered},
 };
 
 /// Episodes and recent turns a model is told.
@@ -90,6 +92,8 @@ struct Provider {
     pool: Pool,
     breaker: Mutex<Breaker>,
     strain: Strain,
+    /// How many tools were left out of the last offer.
+    left_out: AtomicUsize,
 }
 
 impl Llm {
@@ -184,54 +188,37 @@ impl Engine for Llm {
         loop {
             course.call(outside, progress).await?;
             if !course.left_to_others().is_empty() {
-                return Ok(concluded(&question, course, None));
+                return Ok(concluded(&question, course, None, None));
             }
             course.may_ask()?;
-            let tools = offered(&course, &chat);
+            let tools = provider.offered(&course, &chat)?;
             let room = provider.room(&tools);
             let told = course.asked().map_or_else(|| context::told(&question, room), <[Message]>::to_vec);
-            let messages = context::fit([told.clone(), course.messages()].concat(), room);
+            let messages = context::fit(told.clone(), course.messages(), room);
             let utterance = Utterance::new(progress, course.has_spoken());
             let (max_tokens, options) = provider.options(&chat, &course, &tools);
             let ask =
                 Ask { who: &question.key, model, messages: &messages, tools: &tools, max_tokens, options: &options };
             let answered = provider.held_or_asked(&self.cache, &question.profile, ask, &course, &utterance);
-            let Answer { text, calls, usage } = answered.await?;
+            let Answer { text, calls, usage, cut } = answered.await?;
             // What was answered before consumes nothing, and teaches nothing.
             if usage.input_tokens > 0 {
-                provider.strain.learn(tokens::of_all(&messages) + of_tools(&tools), usage.input_tokens);
+                provider.strain.learn(tokens::of_all(&messages) + offer::cost(&tools), usage.input_tokens);
             }
             // A model that calls what it was not offered has said its last word.
             let calls = if tools.is_empty() { Vec::new() } else { calls };
             let answer = Answered { text, pieces: utterance.pieces(), calls, model: named.clone(), usage };
             if answer.calls.iter().all(|call| outside(&call.name)) {
-                return Ok(concluded(&question, course, Some(answer)));
+                return Ok(concluded(&question, course, Some(answer), cut));
             }
             course.answered(&told, answer, progress).await?;
         }
     }
 }
 
-/// The tools of the next answer: the node's while there are steps for them, and the client's, which end the turn.
-fn offered(course: &Course<'_>, chat: &Chat) -> Vec<Tool> {
-    let theirs = |name: &str| chat.tools.iter().any(|tool| tool.name == name);
-    let ours = course.offered().iter().filter(|tool| !theirs(&tool.name)).map(|tool| Tool {
-        name: tool.name.clone(),
-        description: tool.description.clone(),
-        parameters: tool.parameters.clone(),
-    });
-    let anything = || RawJson::of(&serde_json::json!({"type": "object", "properties": {}}));
-    let theirs = chat.tools.iter().map(|tool| Tool {
-        name: tool.name.clone(),
-        description: tool.description.clone(),
-        parameters: tool.parameters.clone().unwrap_or_else(anything),
-    });
-    ours.chain(theirs).collect()
-}
-
 /// The whole turn: what was told is remembered, what tools want done is done, and everything said is the reply, with the
 /// calls that are left to the client, or the JSON it asked for, as its data.
-fn concluded(question: &Question, course: Course<'_>, last: Option<Answered>) -> Thought {
+fn concluded(question: &Question, course: Course<'_>, last: Option<Answered>, cut: Option<Cut>) -> Thought {
     let left = match &last {
         Some(last) => last.calls.clone(),
         None => course.left_to_others(),
@@ -247,7 +234,7 @@ fn concluded(question: &Question, course: Course<'_>, last: Option<Answered>) ->
         let content = reply.and_then(|reply| reply.content);
         actions.push(Action::Reply(Reply { content, data }));
     }
-    Thought { actions, ..thought }
+    Thought { actions, cut, ..thought }
 }
 
 /// Waits are judged by how long a thought may take.
@@ -283,6 +270,7 @@ impl Provider {
             pool,
             breaker: Mutex::new(Breaker::default()),
             strain: Strain::default(),
+            left_out: AtomicUsize::new(0),
             model: config.model.clone(),
             max_tokens: config.max_tokens,
             context_tokens: config.context_tokens,
@@ -309,7 +297,7 @@ impl Provider {
     /// How many tokens of messages fit into the model's window beside the tools and the answer.
     fn room(&self, tools: &[Tool]) -> usize {
         let window = self.context_tokens.saturating_sub(self.max_tokens) as usize;
-        self.strain.ease(window).saturating_sub(of_tools(tools))
+        self.strain.ease(window).saturating_sub(offer::cost(tools))
     }
 
     /// Asks until there is an answer, repeating does not help, or the time is over.
@@ -386,10 +374,6 @@ impl Provider {
     fn with_breaker<T>(&self, act: impl FnOnce(&mut Breaker) -> T) -> T {
         act(&mut self.breaker.lock().unwrap_or_else(PoisonError::into_inner))
     }
-}
-
-fn of_tools(tools: &[Tool]) -> usize {
-    tools.iter().map(tokens::of_tool).sum()
 }
 
 /// By how much a server counted more tokens than were guessed, in thousandths above one: its vocabulary, or what its template

@@ -4,7 +4,8 @@
 //!
 //! Invariants: the words a client puts together are the draft's, none missing, none twice; when an answer is begun anew (a
 //! failed call, a restarted node) the client is told to forget what it has. Ids of events are `STIMULUS:0` for `accepted`,
-//! `STIMULUS:N:DIGEST` after N words whose text has the digest, and `STIMULUS:turn` at the end; any of them resumes.
+//! `STIMULUS:N:DIGEST:BYTES:DIGEST` after N words (the first digest is of the words as they were cut, the second of their
+//! text), and `STIMULUS:turn` at the end; any of them resumes.
 //! Tests: at the foot; `tests/it/http.rs`.
 
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use serde::Serialize;
 
 use super::{
     problem::{Problem, Refusal},
+    said::Said,
     sse,
     tail::{End, Flow, Tail, Thread},
     view::{self, Status, StatusView},
@@ -38,8 +40,8 @@ pub struct Resume {
 /// What a client has of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Has {
-    /// So many words, with this digest.
-    Words(u64, u64),
+    /// So many words, with this digest, and their text, if the id says; those of builds before do not.
+    Words(u64, u64, Option<Said>),
     /// All of it.
     Turn,
 }
@@ -49,10 +51,18 @@ impl Resume {
     pub fn parse(id: &str) -> Option<Self> {
         let mut parts = id.split(':');
         let stimulus = StimulusId::new(parts.next()?).ok()?;
-        let has = match (parts.next()?, parts.next(), parts.next()) {
-            ("turn", None, None) => Has::Turn,
-            ("0", None, None) => Has::Words(0, Words::EMPTY),
-            (count, Some(digest), None) => Has::Words(count.parse().ok()?, u64::from_str_radix(digest, 16).ok()?),
+        let rest: [Option<&str>; 5] = std::array::from_fn(|_| parts.next());
+        let has = match rest {
+            [Some("turn"), None, ..] => Has::Turn,
+            [Some("0"), None, ..] => Has::Words(0, Words::EMPTY, Some(Said::default())),
+            [Some(count), Some(digest), bytes, text, None] => {
+                let said = match (bytes, text) {
+                    (Some(bytes), Some(text)) => Some(Said::parse(bytes, text)?),
+                    (None, None) => None,
+                    _ => return None,
+                };
+                Has::Words(count.parse().ok()?, u64::from_str_radix(digest, 16).ok()?, said)
+            }
             _ => return None,
         };
         Some(Self { stimulus, has })
@@ -64,6 +74,7 @@ impl Resume {
 pub struct Words {
     count: u64,
     digest: u64,
+    said: Option<Said>,
 }
 
 /// What to do with the next word.
@@ -83,8 +94,8 @@ impl Words {
     /// What a client has.
     pub fn new(has: Option<Has>) -> Self {
         match has {
-            Some(Has::Words(count, digest)) => Self { count, digest },
-            Some(Has::Turn) | None => Self { count: 0, digest: Self::EMPTY },
+            Some(Has::Words(count, digest, said)) => Self { count, digest, said },
+            Some(Has::Turn) | None => Self { count: 0, digest: Self::EMPTY, said: Some(Said::default()) },
         }
     }
 
@@ -104,6 +115,17 @@ impl Words {
         let step = |digest: u64, byte: u8| (digest ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
         self.digest = text.bytes().chain([0xff]).fold(self.digest, step);
         self.count += 1;
+        self.said.iter_mut().for_each(|said| said.push(text));
+    }
+
+    /// What of a whole answer comes behind the words; nothing where the client has none, or all, or where its id does not say.
+    fn rest_of<'t>(&self, answer: &'t str) -> Rest<'t> {
+        let Some(said) = self.said.filter(|_| self.count > 0) else { return Rest::None };
+        match said.rest_of(answer) {
+            Some("") => Rest::None,
+            Some(rest) => Rest::Behind(rest),
+            None => Rest::Anew,
+        }
     }
 
     /// Whether what the client has is how this draft begins.
@@ -111,12 +133,24 @@ impl Words {
         let Some(begin) = usize::try_from(self.count).ok().and_then(|count| draft.get(..count)) else { return false };
         let mut words = Self::new(None);
         begin.iter().for_each(|text| words.push(text));
-        words == *self
+        (words.count, words.digest) == (self.count, self.digest)
     }
 
     fn id(&self, stimulus: &StimulusId) -> String {
-        format!("{stimulus}:{}:{:x}", self.count, self.digest)
+        let said = self.said.map(|said| format!(":{said}")).unwrap_or_default();
+        format!("{stimulus}:{}:{:x}{said}", self.count, self.digest)
     }
+}
+
+/// What of a whole answer a client lacks.
+#[derive(Debug, PartialEq, Eq)]
+enum Rest<'t> {
+    /// Nothing that is told in words.
+    None,
+    /// This, behind what it has.
+    Behind(&'t str),
+    /// What it has is not how the answer begins.
+    Anew,
 }
 
 /// A piece of an answer.
@@ -191,6 +225,15 @@ impl Tail for Follow {
     }
 
     async fn turn(&mut self, turn: &TurnRecord) -> Flow {
+        let answer = turn.reply.as_ref().and_then(|reply| reply.content.as_deref()).unwrap_or_default();
+        match self.words.rest_of(answer) {
+            Rest::None => (),
+            Rest::Behind(rest) => self.add(rest).await?,
+            Rest::Anew => {
+                self.restart().await?;
+                self.add(answer).await?;
+            }
+        }
         let id = format!("{}:turn", self.thread.stimulus);
         self.thread.sink.send(sse::frame("turn", Some(&id), &view::turn_json(turn))).await?;
         Err(End::Done)
@@ -238,6 +281,16 @@ impl Follow {
         let had = self.words.count > 0;
         self.words = Words::new(None);
         if had { self.step("restart").await } else { Ok(()) }
+    }
+
+    /// Words that come with the turn, as one piece.
+    async fn add(&mut self, text: &str) -> Flow {
+        if text.is_empty() {
+            return Ok(());
+        }
+        let index = self.words.count;
+        self.words.push(text);
+        self.token(index, text).await
     }
 
     async fn token(&mut self, index: u64, text: &str) -> Flow {
@@ -303,6 +356,20 @@ mod tests {
     }
 
     #[test]
+    fn with_the_turn_comes_what_the_client_lacks() {
+        let words = after(&["he", "l"]);
+        assert_eq!(words.rest_of("hello"), Rest::Behind("lo"));
+        assert_eq!(
+            (words.rest_of("hel"), words.rest_of("help!"), words.rest_of("he")),
+            (Rest::None, Rest::Behind("p!"), Rest::Anew)
+        );
+        assert_eq!((words.rest_of("hallo"), words.rest_of("")), (Rest::Anew, Rest::Anew));
+        assert_eq!(after(&[]).rest_of("hello"), Rest::None, "the turn says it");
+        let before = Words { said: None, ..words };
+        assert_eq!(before.rest_of("hello"), Rest::None, "an id of a build before does not say what it has");
+    }
+
+    #[test]
     fn the_id_of_an_event_says_what_the_client_has() {
         let stimulus = StimulusId::new("s-1").unwrap();
         let words = after(&["a", "b"]);
@@ -310,7 +377,11 @@ mod tests {
         assert_eq!((&resume.stimulus, Words::new(Some(resume.has))), (&stimulus, words));
         assert_eq!(Resume::parse("s-1:turn").unwrap().has, Has::Turn);
         assert_eq!(Words::new(Some(Resume::parse("s-1:0").unwrap().has)), Words::new(None));
-        for bad in ["", "s-1", "s-1:", "s-1:x", "s-1:1", "s-1:1:zz", "s 1:0", "s-1:1:2:3"] {
+        let before = Resume::parse("s-1:2:ab").unwrap();
+        assert_eq!(Words::new(Some(before.has)).id(&stimulus), "s-1:2:ab", "of a build before");
+        for bad in
+            ["", "s-1", "s-1:", "s-1:x", "s-1:1", "s-1:1:zz", "s 1:0", "s-1:1:2:3", "s-1:1:2:3:z", "s-1:1:2:3:4:5"]
+        {
             assert_eq!(Resume::parse(bad), None, "{bad}");
         }
     }

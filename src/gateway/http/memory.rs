@@ -228,6 +228,7 @@ pub async fn post(caller: &Caller<'_>, payload: Payload) -> Result<HttpResponse,
     let (key, bytes) = taken(caller, payload).await?;
     let body: EpisodeBody<'_> = json_body(&bytes)?;
     let episodes = vec![body.check()?];
+    are_there(caller, &key, &episodes).await?;
     let (turn, repeated) = write(caller, &key, episodes, caller.idempotency_key()?, Priority::Human).await?;
     Ok(remembered(&IdView { id: EpisodeId::new(turn.turn, 0) }, repeated))
 }
@@ -246,6 +247,7 @@ pub async fn post_batch(caller: &Caller<'_>, payload: Payload) -> Result<HttpRes
         episode.check().map_err(|refusal| Refusal::Field(format!("episodes[{at}].{refusal}")))
     };
     let episodes = body.episodes.into_iter().enumerate().map(at).collect::<Result<Vec<_>, _>>()?;
+    are_there(caller, &key, &episodes).await?;
     let (turn, repeated) = write(caller, &key, episodes, caller.idempotency_key()?, Priority::Device).await?;
     let ids = (0..turn.episodes.len()).map(|place| EpisodeId::new(turn.turn, place)).collect();
     Ok(remembered(&IdsView { ids }, repeated))
@@ -267,6 +269,19 @@ async fn taken(caller: &Caller<'_>, payload: Payload) -> Result<(InstanceKey, by
     caller.query(&[])?;
     admission::json_type(caller.request.headers(), false)?;
     Ok((key, admission::body(caller.request.headers(), payload, &caller.shared.config).await?))
+}
+
+/// Whether what episodes supersede is there: an id that was mistyped would leave what it was to end.
+async fn are_there(caller: &Caller<'_>, key: &InstanceKey, episodes: &[Written]) -> Result<(), Problem> {
+    let named: Vec<EpisodeId> = episodes.iter().flat_map(|episode| episode.extra.supersedes.iter().copied()).collect();
+    if named.is_empty() {
+        return Ok(());
+    }
+    let found = caller.shared.router.memory().recorded_at(key, &named).await?;
+    match named.iter().zip(found).find(|(_, at)| at.is_none()) {
+        Some((id, _)) => Err(field("supersedes", format!("there is no episode {id}")).into()),
+        None => Ok(()),
+    }
 }
 
 /// Remembers episodes in one turn; the turn, and whether it was decided before.

@@ -60,6 +60,7 @@ mod pages;
 mod problem;
 mod query;
 mod route;
+mod said;
 mod sse;
 mod state;
 mod stimuli;
@@ -233,7 +234,7 @@ impl Door {
             Ok(response) => response,
             Err(problem) => {
                 let problem = self.with_elsewhere(problem, &request);
-                let as_chat = call.is_some_and(Call::is_chat);
+                let as_chat = call.map_or_else(|| route::is_of_chat(request.path()), Call::is_chat);
                 problem.answer(request.path(), id.to_str().unwrap_or(""), as_chat)
             }
         };
@@ -392,6 +393,10 @@ impl Caller<'_> {
 /// Reads a JSON body. What is wrong is named by its place; finding that costs a second look, for bad bodies only.
 fn json_body<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, Refusal> {
     let text = json::check(bytes)?;
+    // A list of the fields' values would be read as the object, and its faults told in words nobody understands.
+    if text.trim_start().starts_with('[') {
+        return Err(Refusal::Field(String::from("the body is a list; it must be an object")));
+    }
     serde_json::from_str(text).map_err(|error| {
         if !error.is_data() {
             return json::Error::Syntax(error.to_string()).into();

@@ -15,7 +15,10 @@ use utoipa::{
 
 use super::{
     cache::CachedView,
-    chat::wire::{Completion, ModelView, Models},
+    chat::{
+        document::{ChatBody, ChatError, EmbeddingsAnswer, EmbeddingsBody},
+        wire::{Completion, ModelView, Models},
+    },
     cluster::{DrainView, NodeView, ShardView},
     memory::document,
     problem::ProblemView,
@@ -114,14 +117,6 @@ fn describe(path: &str, operation: &mut Operation) {
 fn problem(description: &str) -> RefOr<utoipa::openapi::Response> {
     let content = Content::builder().schema(Some(Ref::from_schema_name("Problem"))).build();
     ResponseBuilder::new().description(description).content("application/problem+json", content).build().into()
-}
-
-/// A refusal in the form of the chat protocol: `{"error": {"message", "type", "param", "code"}}`.
-#[derive(utoipa::ToSchema)]
-#[allow(dead_code)] // describes what `chat` writes
-struct ChatError {
-    #[schema(value_type = Object)]
-    error: (),
 }
 
 fn chat_error(description: &str) -> RefOr<utoipa::openapi::Response> {
@@ -366,7 +361,7 @@ fn inspect_cache() {}
         ("Last-Event-ID" = Option<String>, Header, description = "Where a stream broke off"),
         ("traceparent" = Option<String>, Header, description = "W3C trace context")
     ),
-    request_body(content = Object, content_type = "application/json",
+    request_body(content = ChatBody, content_type = "application/json",
         example = json!({"model": "ada", "messages": [{"role": "user", "content": "hello"}]})),
     responses(
         (status = 200, description = "The answer, or with `stream` its chunks",
@@ -378,9 +373,9 @@ fn chat_completions() {}
 
 /// Vectors of texts by the node's own embedder. `input` is a text or a list of texts; `encoding_format` is `float` or `base64`.
 #[utoipa::path(post, path = "/v1/embeddings", tag = "chat",
-    request_body(content = Object, content_type = "application/json",
+    request_body(content = EmbeddingsBody, content_type = "application/json",
         example = json!({"model": "lexical", "input": "the lamp in the hall"})),
-    responses((status = 200, description = "The vectors, in order", body = serde_json::Value)))]
+    responses((status = 200, description = "The vectors, in order", body = EmbeddingsAnswer)))]
 #[allow(dead_code)]
 fn embeddings() {}
 

@@ -190,6 +190,13 @@ pub fn find<'a>(method: &str, path: &'a str) -> Result<Found<'a>, Miss> {
     }
 }
 
+/// Whether a client of the chat protocol comes here, for a call that there is or one that there is not: it understands refusals
+/// in that protocol's form only.
+pub fn is_of_chat(path: &str) -> bool {
+    let ours = ["instances", "stimuli", "cluster", "cache"];
+    path.strip_prefix("/v1/").is_some_and(|rest| !ours.contains(&rest.split('/').next().unwrap_or_default()))
+}
+
 /// The row's path and the parameters a path stands for.
 fn template(path: &str) -> Option<(&'static str, &str, &str)> {
     if path == "/" {
@@ -286,6 +293,7 @@ mod tests {
             let found = find(row.method, &path).unwrap();
             assert_eq!(found.call, row.call);
             assert_eq!(found.id, if row.path.contains("{id}") || row.path.contains("{node}") { "lamp" } else { "" });
+            assert_eq!(row.call.is_chat(), is_of_chat(&path), "{path}");
             assert_eq!(found.sid, if row.path.contains("{sid}") { "s1" } else { "" });
         }
     }
@@ -303,6 +311,16 @@ mod tests {
         assert_eq!(find("OPTIONS", "/v1/instances/a/state"), Err(Miss::Options(methods)));
         assert_eq!(find("HEAD", "/v1/instances/a/state").unwrap().call, Call::GetState);
         assert_eq!(find("GET", "/docs/swagger-ui.css").unwrap().id, "/swagger-ui.css");
+    }
+
+    #[test]
+    fn clients_of_the_chat_protocol_are_known_by_what_they_ask_for() {
+        for path in ["/v1/responses", "/v1/completions", "/v1/models/a/b", "/v1/audio/speech", "/v1/"] {
+            assert!(is_of_chat(path), "{path}");
+        }
+        for path in ["/v1/instances/a/b", "/v1/stimuli", "/v2/models", "/health", "/"] {
+            assert!(!is_of_chat(path), "{path}");
+        }
     }
 
     #[test]

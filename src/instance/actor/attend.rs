@@ -156,12 +156,13 @@ impl InstanceActor {
         }
         let (first, now, twin) = (record.turn, record.decided_at, self.environment.twin);
         let mut standing = before.after(&record);
-        let reply = record.reply.clone();
+        let (reply, cut) = (record.reply.clone(), record.cut());
         let mut decided = Vec::with_capacity(1 + others.len());
         decided.push((waiting, Arc::new(record)));
         for other in others {
             let said = reply.clone().filter(|_| attention::is_answered(&other.stimulus)).map(Action::Reply);
-            let author = Author { engine: MERGED, thought: Thought::default() };
+            let cut = cut.filter(|_| said.is_some());
+            let author = Author { engine: MERGED, thought: Thought { cut, ..Thought::default() } };
             let said = Ok(said.into_iter().collect());
             let mut record = turn::conclude(standing, &other.stimulus, state, said, author, twin, now);
             record.share(first);

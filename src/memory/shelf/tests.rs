@@ -11,6 +11,7 @@ use crate::{
     store::rank,
     types::{
         Channel, EpisodeId, Outcome, RawJson, Source, StateChange, Stimulus,
+        id::stable_hash,
         memory::{ENGINE, Extra, FORGET_CHANNEL, Forgetting, Vector, WRITE_CHANNEL, Writing, Written, read_writing},
     },
 };

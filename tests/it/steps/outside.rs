@@ -38,8 +38,12 @@ pub enum Stop {
 pub enum Said {
     /// Words, and calls of tools.
     Answer(&'static str, Vec<(&'static str, Value)>),
+    /// Words that end before their end, for this reason.
+    Cut(&'static str, &'static str),
     /// An HTTP status.
     Status(u16),
+    /// A refusal in the server's words.
+    Refused(&'static str),
 }
 
 /// A call of a tool.
@@ -204,9 +208,11 @@ fn plain(status: &str, kind: &str, body: &str) -> String {
 
 /// An answer as an event stream: words in two pieces, calls in three.
 fn spelled(said: &Said) -> String {
-    let (words, calls) = match said {
+    let (words, calls, cut) = match said {
         Said::Status(status) => return plain(&format!("{status} No"), "text/plain", "the plan says so"),
-        Said::Answer(words, calls) => (words, calls),
+        Said::Refused(words) => return plain("400 No", "text/plain", words),
+        Said::Answer(words, calls) => (words, calls.as_slice(), None),
+        Said::Cut(words, reason) => (words, &[][..], Some(*reason)),
     };
     let mut body = String::new();
     let mut delta = |delta: Value| body += &format!("data: {}\n\n", json!({"choices": [{"index": 0, "delta": delta}]}));
@@ -223,7 +229,7 @@ fn spelled(said: &Said) -> String {
             delta(json!({"tool_calls": [{"index": index, "function": {"arguments": piece}}]}));
         }
     }
-    let reason = if calls.is_empty() { "stop" } else { "tool_calls" };
+    let reason = cut.unwrap_or(if calls.is_empty() { "stop" } else { "tool_calls" });
     body += &format!("data: {}\n\n", json!({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}));
     body += "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":100,\"completion_tokens\":10}}\n\ndata: [DONE]\n\n";
     plain("200 OK", "text/event-stream", &body)

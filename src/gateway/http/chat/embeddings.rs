@@ -30,7 +30,7 @@ struct Request {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "text or a list of texts: numbers of tokens are not taken, every model has its own")]
 enum Input {
     One(String),
     Many(Vec<String>),

@@ -1,10 +1,12 @@
 //! The door for clients of the OpenAI chat protocol: an instance is a model, and the conversation lives in the instance.
 //!
-//! Owns: `POST /v1/chat/completions`, `GET /v1/models` and, in `embeddings.rs`, `POST /v1/embeddings`. `wire.rs` reads requests and writes answers, `stream.rs` follows an
-//! answer. The last message becomes the stimulus, in the instance's channel `chat`; earlier ones are taken only into an
+//! Owns: `POST /v1/chat/completions`, `GET /v1/models` and, in `embeddings.rs`, `POST /v1/embeddings`. `wire.rs` reads requests and writes answers,
+//! `asked.rs` looks at what they ask for, `stream.rs` follows an answer. The last message becomes the stimulus, in the instance's channel `chat`; earlier ones are taken only into an
 //! instance that has no history. Invariants: an answer leaves after the commit of its turn; every refusal has the protocol's
 //! form. Tests: at the foot of `wire.rs`; `tests/it/openai.rs`, with the official client.
 
+mod asked;
+pub(super) mod document;
 pub mod embeddings;
 mod stream;
 pub(super) mod wire;

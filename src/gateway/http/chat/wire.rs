@@ -6,34 +6,15 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::{CHANNEL, Refusal};
+use super::{CHANNEL, Refusal, asked};
 use crate::{
     gateway::http::wire::{channel, sender},
     types::{
-        AuthContext, Chat, InstanceId, Message, Millis, Priority, RawJson, Source, Speaker, Stimulus, StimulusId,
-        TenantId, ToolSpec, TurnRecord,
-        chat::{CHAT_TYPE, ClientTool, LeftCall, LeftCalls},
+        AuthContext, Chat, Cut, InstanceId, Message, Millis, Priority, RawJson, Source, Speaker, Stimulus, StimulusId,
+        TenantId, TurnRecord,
+        chat::{CHAT_TYPE, LeftCall, LeftCalls},
     },
 };
-
-/// Fields that go to the model's server as they are.
-const PASSED_ON: [&str; 13] = [
-    "temperature",
-    "top_p",
-    "stop",
-    "seed",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "response_format",
-    "tool_choice",
-    "parallel_tool_calls",
-    "reasoning_effort",
-    "max_tokens",
-    "max_completion_tokens",
-];
-/// Most tools of a client.
-const MAX_TOOLS: usize = 128;
 
 /// A request.
 #[derive(Debug, Deserialize)]
@@ -47,7 +28,7 @@ pub struct Request {
     #[serde(default)]
     stream_options: Option<StreamOptions>,
     #[serde(default)]
-    tools: Option<Vec<Tool>>,
+    tools: Option<Vec<asked::Tool>>,
     #[serde(default)]
     n: Option<u64>,
     #[serde(default)]
@@ -74,7 +55,7 @@ struct Said {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "text, or a list of parts of type 'text'")]
 enum Content {
     Text(String),
     Parts(Vec<Part>),
@@ -88,24 +69,7 @@ struct Part {
     text: Option<String>,
 }
 
-#[derive(Debug, Deserialize)]
-struct Tool {
-    #[serde(rename = "type")]
-    kind: String,
-    #[serde(default)]
-    function: Option<Function>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Function {
-    name: String,
-    #[serde(default)]
-    description: Option<String>,
-    #[serde(default)]
-    parameters: Option<Value>,
-}
-
-fn refuse(why: impl Into<String>) -> Refusal {
+pub(super) fn refuse(why: impl Into<String>) -> Refusal {
     Refusal::Field(why.into())
 }
 
@@ -170,7 +134,7 @@ impl Request {
         if self.n.is_some_and(|n| n != 1) {
             return Err(refuse("n: an instance gives one answer"));
         }
-        let tools = tools(self.tools.unwrap_or_default())?;
+        let tools = asked::tools(self.tools.unwrap_or_default())?;
         let mut instructions = Vec::new();
         let mut messages = Vec::with_capacity(self.messages.len());
         for (at, said) in self.messages.into_iter().enumerate() {
@@ -194,7 +158,7 @@ impl Request {
             earlier: if is_new { messages } else { Vec::new() },
             results,
             tools,
-            options: self.rest.into_iter().filter(|(name, value)| passes(name, value)).collect(),
+            options: asked::options(self.rest)?,
         };
         let mut stimulus = Stimulus::empty(Source::Http, channel(CHANNEL)?, now);
         stimulus.sender = sender(self.user.filter(|user| !user.is_empty()), who)?;
@@ -210,26 +174,6 @@ impl Request {
             None => stimulus,
         })
     }
-}
-
-fn passes(name: &str, value: &Value) -> bool {
-    !value.is_null() && PASSED_ON.contains(&name)
-}
-
-fn tools(tools: Vec<Tool>) -> Result<Vec<ClientTool>, Refusal> {
-    if tools.len() > MAX_TOOLS {
-        return Err(refuse(format!("tools: at most {MAX_TOOLS}")));
-    }
-    let tool = |(at, tool): (usize, Tool)| match (tool.kind.as_str(), tool.function) {
-        ("function", Some(Function { name, description, parameters })) if ToolSpec::is_name(&name) => Ok(ClientTool {
-            name,
-            description: description.unwrap_or_default(),
-            parameters: parameters.filter(|schema| !schema.is_null()).map(|schema| RawJson::of(&schema)),
-        }),
-        ("function", Some(function)) => Err(refuse(format!("tools[{at}]: '{}' is no name of a tool", function.name))),
-        (kind, _) => Err(refuse(format!("tools[{at}]: tools of type '{kind}' are not taken, only functions"))),
-    };
-    tools.into_iter().enumerate().map(tool).collect()
 }
 
 /// What all pieces of one answer have in common.
@@ -287,19 +231,21 @@ pub struct Answer {
     pub content: String,
     /// Calls that are left to the client.
     pub calls: Vec<LeftCall>,
+    cut: Option<Cut>,
 }
 
 impl Answer {
     /// Of a turn; data without text is its JSON.
     pub fn of(turn: &TurnRecord) -> Self {
-        let Some(reply) = &turn.reply else { return Self { content: String::new(), calls: Vec::new() } };
+        let cut = turn.cut();
+        let Some(reply) = &turn.reply else { return Self { content: String::new(), calls: Vec::new(), cut } };
         let calls = reply.data.as_ref().and_then(LeftCalls::of).map(|left| left.tool_calls).unwrap_or_default();
         let content = match (&reply.content, &reply.data) {
             (Some(content), _) => content.clone(),
             (None, Some(data)) if calls.is_empty() => data.get().to_owned(),
             (None, _) => String::new(),
         };
-        Self { content, calls }
+        Self { content, calls, cut }
     }
 
     /// Why a turn has none, when it says so.
@@ -308,14 +254,14 @@ impl Answer {
     /// [`Refusal::NoAnswer`].
     pub fn is_there(turn: &TurnRecord) -> Result<(), Refusal> {
         match &turn.error {
-            Some(reason) if turn.reply.is_none() => Err(Refusal::NoAnswer(reason.clone())),
+            Some(reason) if turn.reply.is_none() && turn.cut().is_none() => Err(Refusal::NoAnswer(reason.clone())),
             _ => Ok(()),
         }
     }
 
     /// Why it ends.
     pub fn finish(&self) -> &'static str {
-        if self.calls.is_empty() { "stop" } else { "tool_calls" }
+        if self.calls.is_empty() { self.cut.map_or("stop", Cut::as_str) } else { "tool_calls" }
     }
 }
 
@@ -384,6 +330,13 @@ pub struct Models {
     pub has_more: bool,
 }
 
+/// The field a refusal is about, where its text begins with one: `messages[0].content: ...`.
+fn param(message: &str) -> Option<&str> {
+    let (place, _) = message.split_once(": ")?;
+    let named = |byte: u8| byte.is_ascii_alphanumeric() || b"_.[]".contains(&byte);
+    (place.bytes().all(named) && place.starts_with(|first: char| first.is_ascii_lowercase())).then_some(place)
+}
+
 /// A refusal in the protocol's form.
 pub fn refused(status: u16, code: &str, message: &str) -> Value {
     let kind = match status {
@@ -394,7 +347,8 @@ pub fn refused(status: u16, code: &str, message: &str) -> Value {
         400..500 => "invalid_request_error",
         _ => "server_error",
     };
-    json!({"error": {"message": message, "type": kind, "param": null, "code": code.to_ascii_lowercase()}})
+    let param = (status == 400).then(|| param(message)).flatten();
+    json!({"error": {"message": message, "type": kind, "param": param, "code": code.to_ascii_lowercase()}})
 }
 
 #[cfg(test)]
@@ -462,16 +416,26 @@ mod tests {
             ),
             (json!({"messages": [{"role": "tool", "content": "x"}]}), "messages[0]: no tool_call_id"),
             (json!({"messages": [user], "n": 2}), "n: an instance"),
-            (json!({"messages": [user], "tools": [{"type": "browser"}]}), "tools[0]: tools of type 'browser'"),
+            (json!({"messages": [user], "tools": [{"type": "browser"}]}), "tools[0].type: 'browser'"),
             (
                 json!({"messages": [user], "tools": [{"type": "function", "function": {"name": "a b"}}]}),
-                "tools[0]: 'a b'",
+                "tools[0].function.name: 'a b'",
             ),
+            (json!({"messages": [user], "max_tokens": 0}), "max_tokens: must be"),
         ] {
             let mut body = body;
             body["model"] = json!("ada");
             let refusal = read(&body, true).unwrap_err().to_string();
             assert!(refusal.contains(why), "{refusal}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_names_the_field_it_is_about() {
+        assert_eq!(refused(400, "INVALID", "n: one answer")["error"]["param"], "n");
+        assert_eq!(refused(400, "INVALID", "messages[0].content: text")["error"]["param"], "messages[0].content");
+        for (status, message) in [(400, "this is not JSON: x"), (400, "none"), (422, "reason: x")] {
+            assert_eq!(refused(status, "X", message)["error"]["param"], Value::Null, "{message}");
         }
     }
 

@@ -1,7 +1,9 @@
 //! Whole memories out and in, as JSON lines: one episode each, streamed both ways within bounds.
 //!
-//! Every line has an id; an import remembers what it took by it, so one that broke off is simply sent again. What an exported
-//! episode supersedes is named by lines, and found again by them. Tests: `tests/it/memory.rs`.
+//! Every line has an id, and one of an export names the memory it is from: together they are one line's alone, whichever exports
+//! come together in one memory. An import remembers what it took by them, so one that broke off is simply sent again, and a
+//! memory knows its own lines. What an exported episode supersedes is named by lines, and found again by them.
+//! Tests: `tests/it/memory.rs`.
 
 use std::{collections::HashMap, rc::Rc, time::Duration};
 
@@ -33,10 +35,12 @@ use crate::{
 
 /// The type of JSON lines.
 const LINES: &str = "application/x-ndjson";
-/// Longest line, in bytes.
-const MAX_LINE_BYTES: usize = 256 * 1024;
-/// Longest id of a line, in bytes.
+/// What a line may have beyond the largest body of an episode, in bytes: a vector is longer as it is exported than as it came.
+const MAX_BESIDE_BYTES: usize = 128 * 1024;
+/// Longest id of a line, and longest name of a memory, in bytes.
 const MAX_ID_BYTES: usize = 128;
+/// What some programs put before a text.
+const MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// A line of an export. An import takes the same, and needs no more than `content` or `data`.
 #[derive(Debug, Serialize, Deserialize, utoipa::ToSchema)]
@@ -46,6 +50,9 @@ pub struct LineBody<'a> {
     /// By which an import knows it again; the content's hash when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     id: Option<String>,
+    /// Which memory the id is of, as its export says; ids of different memories are never the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    memory: Option<String>,
     #[serde(default)]
     content: String,
     #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
@@ -88,10 +95,11 @@ pub async fn export(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
     caller.query(&["consistency"])?;
     // Whether there is such an instance is said before the stream begins.
     caller.shared.router.memory().figures(&key).await?;
+    let name = name(caller, &key).await?;
     let router = caller.shared.router.clone();
     let in_hand = caller.request.conn_data::<Rc<Line>>().map(Hold::new);
     let pages = stream::try_unfold(Some(0u64), move |after| {
-        let (router, key) = (router.clone(), key.clone());
+        let (router, key, name) = (router.clone(), key.clone(), name.clone());
         let _ = &in_hand; // lives as long as the body does
         async move {
             let Some(after) = after else { return Ok::<_, actix_web::Error>(None) };
@@ -99,7 +107,7 @@ pub async fn export(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
             let (episodes, next) = page.map_err(actix_web::error::ErrorServiceUnavailable)?;
             let mut out = Vec::with_capacity(episodes.len() * 256);
             for exported in &episodes {
-                out.extend_from_slice(&view::to_json(&line(exported)));
+                out.extend_from_slice(&view::to_json(&line(exported, name.as_deref())));
                 out.push(b'\n');
             }
             Ok(Some((Bytes::from(out), next)))
@@ -108,10 +116,18 @@ pub async fn export(caller: &Caller<'_>) -> Result<HttpResponse, Problem> {
     Ok(HttpResponse::build(StatusCode::OK).insert_header((header::CONTENT_TYPE, LINES)).streaming(pages))
 }
 
-fn line(exported: &Exported) -> LineBody<'_> {
+/// Tells a memory from all others: whose it is, and since when. Whoever it is given to learns neither.
+async fn name(caller: &Caller<'_>, key: &InstanceKey) -> Result<Option<String>, Problem> {
+    let created = caller.shared.router.store().load(key).await?.created_at;
+    let whose = |at: Millis| format!("{}/{}/{}", key.tenant, key.instance, at.0);
+    Ok(created.map(|at| blake3::hash(whose(at).as_bytes()).to_hex()[..16].to_owned()))
+}
+
+fn line<'e>(exported: &'e Exported, name: Option<&str>) -> LineBody<'e> {
     let (episode, extra) = (&exported.episode, &exported.extra);
     LineBody {
         id: Some(EpisodeId(episode.id).to_string()),
+        memory: name.map(str::to_owned),
         content: episode.content.clone(),
         data: episode.data.as_ref().and_then(|data| serde_json::from_str(data.get()).ok()),
         tags: episode.tags.clone(),
@@ -136,7 +152,9 @@ pub async fn import(caller: &Caller<'_>, mut payload: Payload) -> Result<HttpRes
         return Err(Refusal::MediaType("application/x-ndjson").into());
     }
     let wait = Duration::from_secs(caller.shared.config.header_seconds.saturating_mul(2));
-    let mut import = Import { caller, key: &key, batch: Vec::new(), bytes: 0, number: 0, imported: 0, known: 0 };
+    let name = name(caller, &key).await?;
+    let longest = caller.shared.config.max_body_kb.saturating_mul(1024).saturating_add(MAX_BESIDE_BYTES);
+    let mut import = Import { caller, key: &key, name, batch: Vec::new(), bytes: 0, number: 0, imported: 0, known: 0 };
     let mut rest = BytesMut::new();
     loop {
         let next = tokio::time::timeout(wait, payload.next()).await.map_err(|_| Refusal::SlowBody(wait))?;
@@ -147,8 +165,10 @@ pub async fn import(caller: &Caller<'_>, mut payload: Payload) -> Result<HttpRes
             let line = rest.split_to(end + 1);
             import.take(&line[..end]).await?;
         }
-        if rest.len() > MAX_LINE_BYTES {
-            return Err(Refusal::TooLarge(MAX_LINE_BYTES).into());
+        if rest.len() > longest {
+            return Err(import
+                .bad(import.number + 1, &format!("longer than {longest} bytes, or no lines at all"))
+                .into());
         }
     }
     import.take(&rest).await?;
@@ -157,9 +177,16 @@ pub async fn import(caller: &Caller<'_>, mut payload: Payload) -> Result<HttpRes
     Ok(respond(StatusCode::OK, view::to_json(&view)))
 }
 
+/// By which a line is known again.
+fn known_as(memory: Option<&str>, id: &str) -> String {
+    memory.map_or_else(|| id.to_owned(), |memory| format!("{memory}/{id}"))
+}
+
 struct Import<'a> {
     caller: &'a Caller<'a>,
     key: &'a InstanceKey,
+    /// Of this memory, if there is one yet.
+    name: Option<String>,
     batch: Vec<Written>,
     bytes: usize,
     number: usize,
@@ -168,22 +195,38 @@ struct Import<'a> {
 }
 
 impl Import<'_> {
+    /// What is wrong with a line, and how far the import came.
+    fn bad(&self, number: usize, why: &str) -> Refusal {
+        let done = self.imported + self.known;
+        Refusal::Field(format!(
+            "line {number}: {why} ({done} lines before it are in; what is in is known when it is sent again)"
+        ))
+    }
+
     async fn take(&mut self, bytes: &[u8]) -> Result<(), Problem> {
         self.number += 1;
+        let number = self.number;
+        let bytes = bytes.strip_prefix(MARK).filter(|_| number == 1).unwrap_or(bytes);
         if bytes.iter().all(u8::is_ascii_whitespace) {
             return Ok(());
         }
-        let number = self.number;
-        let bad = |why: String| Refusal::Field(format!("line {number}: {why}"));
-        let text = crate::gateway::json::check(bytes).map_err(|error| bad(error.to_string()))?;
-        let line: LineBody<'_> = serde_json::from_str(text).map_err(|error| bad(error.to_string()))?;
-        let id = line.id.unwrap_or_else(|| blake3::hash(text.trim().as_bytes()).to_hex()[..32].to_owned());
-        if id.is_empty() || id.len() > MAX_ID_BYTES || line.supersedes.len() > MAX_TAGS {
-            return Err(
-                bad(format!("an id of 1 to {MAX_ID_BYTES} bytes, and at most {MAX_TAGS} superseded ones")).into()
-            );
+        let text = crate::gateway::json::check(bytes).map_err(|error| self.bad(number, &error.to_string()))?;
+        if !text.trim_start().starts_with('{') {
+            return Err(self.bad(number, "is no JSON object: one episode a line").into());
         }
-        let supersedes = self.found(&line.supersedes).await?;
+        let line: LineBody<'_> = serde_json::from_str(text).map_err(|error| self.bad(number, &error.to_string()))?;
+        let id = line.id.unwrap_or_else(|| blake3::hash(text.trim().as_bytes()).to_hex()[..32].to_owned());
+        let named = |text: &str| !text.is_empty() && text.len() <= MAX_ID_BYTES;
+        if !named(&id) || !line.memory.as_deref().is_none_or(named) || line.supersedes.len() > MAX_TAGS {
+            let why =
+                format!("id and memory have 1 to {MAX_ID_BYTES} bytes, and at most {MAX_TAGS} lines are superseded");
+            return Err(self.bad(number, &why).into());
+        }
+        if self.is_own(line.memory.as_deref(), &id, line.recorded_at).await? {
+            self.known += 1;
+            return Ok(());
+        }
+        let supersedes = self.found(line.memory.as_deref(), &line.supersedes).await?;
         let body = EpisodeBody {
             content: Some(line.content),
             data: line.data,
@@ -193,8 +236,8 @@ impl Import<'_> {
             occurred_at: line.occurred_at.or(line.recorded_at),
             supersedes,
         };
-        let mut written = body.check().map_err(|refusal| bad(refusal.to_string()))?;
-        written.extra.line = Some(id);
+        let mut written = body.check().map_err(|refusal| self.bad(number, &refusal.to_string()))?;
+        written.extra.line = Some(known_as(line.memory.as_deref(), &id));
         let weight = text.len() + 64;
         if self.bytes + weight > MAX_EPISODES_BYTES || self.batch.len() == MAX_EPISODES {
             self.flush().await?;
@@ -204,14 +247,34 @@ impl Import<'_> {
         Ok(())
     }
 
-    /// The episodes that came from these lines, of this import or an earlier one.
-    async fn found(&mut self, lines: &[String]) -> Result<Vec<EpisodeId>, Problem> {
-        if lines.is_empty() {
+    /// Whether a line is of this very memory, and its episode still there, or forgotten since: it does not come back this way.
+    async fn is_own(&self, memory: Option<&str>, id: &str, recorded: Option<Millis>) -> Result<bool, Problem> {
+        let (Some(memory), Ok(id), Some(recorded)) = (memory, id.parse::<EpisodeId>(), recorded) else {
+            return Ok(false);
+        };
+        if self.name.as_deref() != Some(memory) {
+            return Ok(false);
+        }
+        // An older copy of the store may have given the id to another episode since.
+        let found = self.caller.shared.router.memory().recorded_at(self.key, &[id]).await?;
+        Ok(found.first().is_some_and(|at| *at == Some(recorded)))
+    }
+
+    /// The episodes that came from these lines of a memory, of this import or an earlier one, or that they are.
+    async fn found(&mut self, memory: Option<&str>, ids: &[String]) -> Result<Vec<EpisodeId>, Problem> {
+        if ids.is_empty() {
             return Ok(Vec::new());
         }
         self.flush().await?;
-        let found = self.caller.shared.router.memory().imported(self.key, lines).await?;
-        Ok(found.into_iter().flatten().collect())
+        let memories = self.caller.shared.router.memory();
+        let lines: Vec<String> = ids.iter().map(|id| known_as(memory, id)).collect();
+        let mut found: Vec<EpisodeId> = memories.imported(self.key, &lines).await?.into_iter().flatten().collect();
+        if memory.is_some() && self.name.as_deref() == memory {
+            let own: Vec<EpisodeId> = ids.iter().filter_map(|id| id.parse().ok()).collect();
+            let there = memories.recorded_at(self.key, &own).await?;
+            found.extend(own.into_iter().zip(there).filter_map(|(id, at)| at.map(|_| id)));
+        }
+        Ok(found)
     }
 
     /// Remembers what was gathered and is not known yet.
