@@ -6,7 +6,7 @@
 //!
 //! Invariants: whoever hands something in is answered, by the owner, by the store, or by its own deadline; nothing here
 //! waits without a bound; losing the bus costs time and never a stimulus.
-//! Tests: at the foot of `lanes`; `tests/it/forward.rs`.
+//! Tests: `lanes/tests.rs`; `tests/it/forward.rs`.
 
 use std::{
     sync::{
@@ -42,13 +42,15 @@ use crate::{
 };
 
 mod await_decision;
+mod flight;
 pub mod lanes;
 mod local;
+mod owner;
 mod serve;
 
 use lanes::{Act, Bounds, Lanes, Place};
-pub use lanes::{Owner, Owners};
 pub use local::{Local, News};
+pub use owner::{Owner, Owners};
 
 /// Lanes are kept apart by instance, so that threads rarely meet.
 const STRIPES: usize = 16;
