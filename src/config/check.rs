@@ -11,8 +11,8 @@ use std::{
 use secrecy::ExposeSecret;
 
 use super::{
-    Auth, Backend, Cache, Cognition, Config, Delivery, Embedder, Memory, Mqtt, MqttMode, PostgresTls, Readers, Redis,
-    Scaling, Store,
+    Auth, Backend, Cache, Cognition, Config, Delivery, Embedder, Memory, Mqtt, MqttMode, NO_MODELS, PostgresTls,
+    Readers, Redis, Scaling, Store,
 };
 use crate::types::{
     InstanceId,
@@ -360,6 +360,13 @@ fn embedder(memory: &Memory, has_env: &dyn Fn(&str) -> bool, found: &mut Finding
     if memory.embedder == Embedder::Endpoint && endpoint.base_url.is_empty() {
         let hint = "set memory.endpoint.base_url and memory.endpoint.model";
         found.add_with_hint(&["memory", "embedder"], "\"endpoint\" needs a server", hint);
+    }
+    if memory.embedder == Embedder::Model && !cfg!(feature = "static-embeddings") {
+        let hint = "build with `cargo build --release --features static-embeddings`, or use another embedder";
+        found.add_with_hint(&["memory", "embedder"], NO_MODELS, hint);
+    } else if memory.embedder == Embedder::Model && memory.model.path.as_os_str().is_empty() {
+        let hint = "set memory.model.path to a folder with tokenizer.json, model.safetensors and config.json";
+        found.add_with_hint(&["memory", "embedder"], "\"model\" needs a folder", hint);
     }
     let known = endpoint.base_url.starts_with("http://") || endpoint.base_url.starts_with("https://");
     if !endpoint.base_url.is_empty() && !known {

@@ -453,7 +453,7 @@ mod tests {
     /// Every key a section knows stands in the compiled-in file, as a setting or as a comment.
     #[test]
     fn the_compiled_in_file_names_every_key() {
-        let sections = "node http mqtt store store.postgres cluster scaling instances cognition cognition.providers.local memory memory.endpoint tools tools.http \
+        let sections = "node http mqtt store store.postgres cluster scaling instances cognition cognition.providers.local memory memory.endpoint memory.model tools tools.http \
                         tools.tenants.acme tools.mcp.files delivery \
                         auth auth.tokens telemetry faults";
         for section in sections.split_whitespace() {
@@ -478,7 +478,9 @@ mod tests {
             for key in known {
                 let there = part.contains(&format!("\n{key} = ")) || part.contains(&format!("\n# {key} = "));
                 assert!(
-                    there || ["providers", "tokens", "postgres", "http", "tenants", "mcp", "endpoint"].contains(&key),
+                    there
+                        || ["providers", "tokens", "postgres", "http", "tenants", "mcp", "endpoint", "model"]
+                            .contains(&key),
                     "{section}.{key} is not in config/default.toml"
                 );
             }

@@ -518,7 +518,20 @@ pub struct Memory {
     pub exact_vectors: usize,
     /// The server of `embedder = "endpoint"`.
     pub endpoint: EmbedderEndpoint,
+    /// The model of `embedder = "model"`.
+    pub model: EmbedderModel,
 }
+
+/// `[memory.model]`
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EmbedderModel {
+    /// Folder of a static embedding model: `tokenizer.json`, `model.safetensors`, `config.json`.
+    pub path: PathBuf,
+}
+
+/// Why `embedder = "model"` is refused by a build without them.
+pub const NO_MODELS: &str = "this build has no embedding models";
 
 /// `[memory.endpoint]`
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -548,6 +561,8 @@ pub enum Embedder {
     Lexical,
     /// A model server that speaks the OpenAI embeddings protocol.
     Endpoint,
+    /// A static embedding model in a folder; in builds with the cargo feature `static-embeddings`.
+    Model,
     /// Nowhere: texts are found by their words, and by vectors the client sends.
     Off,
 }

@@ -1,7 +1,7 @@
 //! Vectors that come after their episodes: what was written is embedded by and by, a bounded number at a time.
 //!
 //! Writing waits for no model. Who wrote or recalled leaves a wake; a task of the node looks which episodes of that instance have no
-//! vector, asks the model server, and sends what it got to the instance as a stimulus of its own, whose turn keeps it. Losing
+//! vector, has them made, and sends what it got to the instance as a stimulus of its own, whose turn keeps it. Losing
 //! a wake costs nothing but time: the next recall leaves another.
 //!
 //! Invariants: few instances at a time; a text that got no answer is asked for again later, one that has no vector never.
@@ -16,7 +16,7 @@ use std::{
 use futures_util::future::join_all;
 use tokio::sync::Notify;
 
-use super::{Error, Memory};
+use super::{Error, Memory, gather::Failure};
 use crate::{
     store::replay,
     types::{
@@ -64,14 +64,14 @@ impl Wakes {
 impl Memory {
     /// Says that an instance may have episodes without vectors.
     pub fn wake(&self, key: &InstanceKey) {
-        if self.endpoint.is_some() {
+        if self.gather.is_some() {
             self.wakes.push(key);
         }
     }
 
     /// Whether there is anything for [`Memory::backfill`] to do, ever.
     pub fn backfills(&self) -> bool {
-        self.endpoint.is_some()
+        self.gather.is_some()
     }
 
     /// Brings vectors to those that were woken, until dropped. `deliver` takes a stimulus to its instance and tells whether its
@@ -98,7 +98,7 @@ impl Memory {
 
     /// The vectors of some episodes that have none; nothing when all have, or no answer came.
     async fn portion(&self, key: &InstanceKey) -> Result<Option<Stimulus>, Error> {
-        let Some(endpoint) = &self.endpoint else { return Ok(None) };
+        let Some(gather) = &self.gather else { return Ok(None) };
         let shelf = self.current(key).await?;
         let ids = shelf.read().await.bare(PORTION);
         let mut turns: Vec<u64> = ids.iter().map(|id| id.turn()).collect();
@@ -119,8 +119,11 @@ impl Memory {
             if text.is_empty() {
                 return Some(Extra { of, ..Extra::default() });
             }
-            let vector = endpoint.embed(&key.tenant, text).await.ok()?;
-            Some(Extra { of, embedding: Some((*vector).clone()), ..Extra::default() })
+            match gather.embed(&key.tenant, text).await {
+                Ok(vector) => Some(Extra { of, embedding: Some((*vector).clone()), ..Extra::default() }),
+                Err(Failure::NoDirection) => Some(Extra { of, ..Extra::default() }),
+                Err(_) => None,
+            }
         }));
         let extras: Vec<Extra> = asked.await.into_iter().flatten().collect();
         let channel = Channel::new(EMBED_CHANNEL).ok();

@@ -15,7 +15,8 @@
 //! | `fuse` | rankings made one |
 //! | `vector`, `cells` | vectors scanned; an index over many |
 //! | `lexical` | the built-in embedder |
-//! | `endpoint`, `backfill` | vectors of a model server; those that come after their episodes |
+//! | `gather`, `backfill` | vectors of texts made in batches; those that come after their episodes |
+//! | `endpoint`, `model` | who makes them: a model server; a model in a folder |
 //! | `prune` | which episodes go |
 //! | `transfer` | whole memories out and in |
 //!
@@ -37,7 +38,10 @@ mod checkpoint;
 mod digest;
 mod endpoint;
 mod fuse;
+mod gather;
 mod lexical;
+#[cfg(feature = "static-embeddings")]
+mod model;
 mod part;
 mod prune;
 mod shelf;
@@ -58,7 +62,7 @@ use self::{
     again::Again,
     ask::Asked,
     backfill::Wakes,
-    endpoint::Endpoint,
+    gather::Gather,
     shelves::{Shared, Shelves},
 };
 use crate::{
@@ -90,7 +94,7 @@ pub enum Error {
     /// There is no such instance.
     #[error("no such instance")]
     NotFound,
-    /// The embeddings server gave no vectors.
+    /// No vectors could be made.
     #[error("{reason}")]
     Embeddings {
         /// What is wrong.
@@ -137,9 +141,9 @@ impl Fault for Error {
     }
 }
 
-impl From<endpoint::Failure> for Error {
-    fn from(failure: endpoint::Failure) -> Self {
-        Self::Embeddings { reason: failure.to_string(), overloaded: failure == endpoint::Failure::Overloaded }
+impl From<gather::Failure> for Error {
+    fn from(failure: gather::Failure) -> Self {
+        Self::Embeddings { reason: failure.to_string(), overloaded: failure == gather::Failure::Overloaded }
     }
 }
 
@@ -182,7 +186,7 @@ pub struct Memory {
     shelves: Shelves,
     again: Again,
     lexical: bool,
-    endpoint: Option<Endpoint>,
+    gather: Option<Gather>,
     wakes: Wakes,
     /// Whose parts in the store are behind.
     stale: Wakes,
@@ -199,7 +203,7 @@ impl Memory {
     /// Over a store, as configured. What was recalled, and vectors of texts, are held in the cache.
     ///
     /// # Errors
-    /// When the client of the embeddings server cannot be made.
+    /// When the client of the embeddings server cannot be made, or there is no model in the folder.
     pub fn new(
         config: &config::Memory,
         store: Arc<dyn Store>,
@@ -207,8 +211,15 @@ impl Memory {
         cache: &TieredCache,
     ) -> Result<Self, String> {
         let lexical = config.embedder == Embedder::Lexical;
-        let endpoint = match config.embedder {
-            Embedder::Endpoint => Some(Endpoint::new(&config.endpoint, cache.clone())?),
+        let maker: Option<(Box<dyn gather::Maker>, _)> = match config.embedder {
+            Embedder::Endpoint => {
+                let server = endpoint::Server::new(&config.endpoint)?;
+                Some((Box::new(server), endpoint::Server::batches(&config.endpoint)))
+            }
+            #[cfg(feature = "static-embeddings")]
+            Embedder::Model => Some((Box::new(model::Model::open(&config.model.path)?), model::Model::batches())),
+            #[cfg(not(feature = "static-embeddings"))]
+            Embedder::Model => return Err(String::from(config::NO_MODELS)),
             Embedder::Lexical | Embedder::Off => None,
         };
         Ok(Self {
@@ -217,7 +228,7 @@ impl Memory {
             store,
             clock,
             lexical,
-            endpoint,
+            gather: maker.map(|(maker, batches)| Gather::new(maker, batches, cache.clone())),
             wakes: Wakes::default(),
             stale: Wakes::default(),
             metrics: Metrics {
@@ -320,13 +331,13 @@ impl Memory {
     }
 
     /// The vectors of texts by the configured embedder, in their order; of the built-in one all zero for a text without words.
-    /// `None` when it is switched off. Those of the server are held for the tenant.
+    /// `None` when it is switched off. Those of a model are held for the tenant.
     ///
     /// # Errors
-    /// [`Error::Embeddings`] when the server gives no vector for one of them.
+    /// [`Error::Embeddings`] when there is no vector for one of them.
     pub async fn embed(&self, tenant: &TenantId, texts: &[String]) -> Result<Option<Vec<Vec<f32>>>, Error> {
-        if let Some(endpoint) = &self.endpoint {
-            let found = try_join_all(texts.iter().map(|text| endpoint.embed(tenant, text))).await?;
+        if let Some(gather) = &self.gather {
+            let found = try_join_all(texts.iter().map(|text| gather.embed(tenant, text))).await?;
             return Ok(Some(found.iter().map(|vector| vector.numbers().collect()).collect()));
         }
         let nothing = || vec![0.0; lexical::DIMENSION];
@@ -345,9 +356,10 @@ impl Memory {
         let lexical = if self.lexical { lexical::embed(text) } else { None };
         let now = self.clock.now();
         let (mut given, mut modelled, mut degraded) = (ask.embedding, None, None);
-        if let (None, Some(endpoint), false) = (&given, &self.endpoint, text.is_empty()) {
-            match endpoint.embed(&key.tenant, text).await {
+        if let (None, Some(gather), false) = (&given, &self.gather, text.is_empty()) {
+            match gather.embed(&key.tenant, text).await {
                 Ok(vector) => modelled = Some((*vector).clone()),
+                Err(gather::Failure::NoDirection) => {}
                 Err(failure) => degraded = Some(failure.to_string()),
             }
         }

@@ -189,3 +189,74 @@ async fn without_the_server_words_still_find_and_vectors_follow_later() {
     })
     .await;
 }
+
+/// A static embedding model in a folder: a word is a token, and words of one meaning have one vector.
+fn model() -> tempfile::TempDir {
+    let words = ["[UNK]", "cat", "feline", "kitten", "boiler", "heating", "the", "a", "sleeps", "failed"];
+    let vocabulary: serde_json::Map<String, Value> =
+        (0..).zip(words).map(|(id, word)| (word.into(), json!(id))).collect();
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": {"type": "Lowercase"},
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"},
+    });
+    let numbers: Vec<u8> = words.iter().flat_map(|word| vector(word)).flat_map(f32::to_le_bytes).collect();
+    let tensor = json!({"dtype": "F32", "shape": [words.len(), 4], "data_offsets": [0, numbers.len()]});
+    let head = json!({"embeddings": tensor}).to_string();
+    let length = (head.len() as u64).to_le_bytes();
+    let folder = tempfile::tempdir().unwrap();
+    let put = |name: &str, bytes: &[u8]| std::fs::write(folder.path().join(name), bytes).unwrap();
+    put("tokenizer.json", tokenizer.to_string().as_bytes());
+    put("model.safetensors", &[&length[..], head.as_bytes(), &numbers].concat());
+    put("config.json", br#"{"normalize": true}"#);
+    folder
+}
+
+fn with_model(folder: &std::path::Path) -> crate::support::node::Builder {
+    Node::builder().config(&format!("[memory]\nembedder = \"model\"\n[memory.model]\npath = {folder:?}\n"))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_model_in_a_folder_finds_what_shares_no_word() {
+    let folder = model();
+    let mut node = with_model(folder.path()).start().await;
+    let http = node.client();
+    let ids = write(&http, "ann", &["the boiler failed", "a feline sleeps", "\u{1f600}"]).await;
+    // One of them says nothing the model knows: that is found out once.
+    until_embedded(&http, "ann", 3).await;
+    let found = recall(&http, "ann", "kitten").await;
+    assert!(found["degraded"].is_null(), "{found}");
+    assert_eq!(found["episodes"][0]["id"], ids[1]);
+    assert_eq!(found["episodes"][0]["explain"]["vector"]["rank"], 1);
+    let embedded = http.post("/v1/embeddings", &json!({"model": "any", "input": "cat"})).await.expect(200);
+    let numbers: Vec<f64> = serde_json::from_value(embedded["data"][0]["embedding"].clone()).unwrap();
+    assert_eq!(numbers.len(), 4);
+    assert!((numbers[0] - 0.995).abs() < 0.001, "{numbers:?}");
+    node.restart().await;
+    let http = node.client();
+    assert_eq!(recall(&http, "ann", "heating").await["episodes"][0]["id"], ids[0]);
+    let before = http.turns("ann").await.len();
+    recall(&http, "ann", "kitten").await;
+    assert_eq!(http.turns("ann").await.len(), before, "nothing is tried again");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_folder_without_a_model_stops_the_start_with_the_file_that_is_wrong() {
+    let folder = model();
+    // Each stays broken for the next: what is read first is broken last.
+    for (file, put, told) in [
+        ("model.safetensors", Some("no"), "safetensors"),
+        ("config.json", Some("no"), "config.json"),
+        ("tokenizer.json", Some("no"), "tokenizer"),
+        ("config.json", None, "config.json: No such file"),
+    ] {
+        let (folder, path) = (folder.path(), folder.path().join(file));
+        match put {
+            Some(text) => std::fs::write(path, text).unwrap(),
+            None => std::fs::remove_file(path).unwrap(),
+        }
+        let mut node = with_model(folder).launch();
+        assert!(!node.wait_exit(PATIENCE).await.success());
+        assert!(node.log().contains(told), "{told}: {}", node.log());
+    }
+}
