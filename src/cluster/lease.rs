@@ -34,6 +34,8 @@ pub struct Terms {
     pub every: Duration,
     /// Most shards on the move at once.
     pub moves: usize,
+    /// Whether others could take what this node holds. If not, serving needs no end: a machine that stood still goes on.
+    pub shared: bool,
 }
 
 impl Terms {
@@ -140,7 +142,8 @@ impl Lease {
 
     /// Until when it may serve what it holds; none when it may not at all.
     pub fn serves_until(&self) -> Option<Moment> {
-        self.renewed.map(|renewed| renewed + self.terms.serves())
+        let until = |renewed: Moment| if self.terms.shared { renewed + self.terms.serves() } else { Moment::MAX };
+        self.renewed.map(until)
     }
 
     /// What is due now.
@@ -251,7 +254,7 @@ mod tests {
         types::{Load, Millis, Protocol, Roles},
     };
 
-    const TERMS: Terms = Terms { lease: Duration::from_secs(3), every: Duration::from_secs(1), moves: 4 };
+    const TERMS: Terms = Terms { lease: Duration::from_secs(3), every: Duration::from_secs(1), moves: 4, shared: true };
     const SHARDS: u32 = 6;
 
     fn id(name: &str) -> NodeId {
@@ -268,6 +271,20 @@ mod tests {
             weight: 100,
             protocol: Protocol { min: 1, max: 1 },
             lease: TERMS.lease,
+        }
+    }
+
+    /// Its process was not run for an hour, say, and nobody else could have come.
+    #[test]
+    fn who_has_its_store_for_itself_goes_on_after_any_pause() {
+        for shared in [false, true] {
+            let mut bench = Bench { rows: Rows::default(), now: Moment::from_secs(100) };
+            let mut lease = Lease::new(id("a"), Terms { shared, ..TERMS });
+            let moves = bench.join(&mut lease);
+            bench.take(&mut lease, &moves);
+            bench.now += Duration::from_secs(3600);
+            assert_eq!(lease.due(bench.now), if shared { Due::Stop } else { Due::Renew });
+            assert_eq!(lease.serves_until().is_some_and(|until| until > bench.now), !shared);
         }
     }
 

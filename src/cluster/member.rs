@@ -142,12 +142,13 @@ impl Member {
     pub async fn start(parts: Parts<'_>) -> Result<Self, Error> {
         let Parts { config, addresses, ownership, store, environment, shards, drain, arbiter, handle } = parts;
         let node = NodeId::generate(&config.node.name());
-        let alone = !config.scales_out();
+        let (alone, shared) = (!config.scales_out(), ownership.is_shared());
+        let terms = Terms::of(&config.cluster, shared);
         if alone {
-            insist_on_being_alone(&*ownership, Terms::of(&config.cluster).lease).await?;
+            insist_on_being_alone(&*ownership, terms.lease).await?;
         }
         // A node whose store is its own will always be alone.
-        let redis = if ownership.is_shared() { &config.redis } else { &config.redis.off() };
+        let redis = if shared { &config.redis } else { &config.redis.off() };
         let (bus, inlet) = bus::start(redis, &config.cluster.name, node.clone(), &handle)?;
         let gate = Arc::new(Gate::new(bus, !alone));
         let (bus, alone): (Arc<dyn bus::Bus>, _) = (gate.clone(), Arc::new(AtomicBool::new(alone)));
@@ -160,7 +161,6 @@ impl Member {
             handle: handle.clone(),
         });
         let (scope, owned) = watch::channel(Scope::none());
-        let shared = ownership.is_shared();
         let (for_held, handle_of_held) = (forwarder.clone(), handle.clone());
         let delivery: Arc<OnceLock<Leaving>> = Arc::default();
         let held = Held {
@@ -174,7 +174,6 @@ impl Member {
             deaf: config.faults.fence_off,
             handle: handle_of_held,
         };
-        let terms = Terms::of(&config.cluster);
         #[cfg(feature = "faults")]
         let (claimed, spoken) = (
             Claimed { busy: config.faults.busy_permille, memory: config.faults.memory_permille },

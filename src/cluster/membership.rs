@@ -104,9 +104,9 @@ pub struct Standing {
 
 impl Terms {
     /// As configured: renewed three times a lease.
-    pub fn of(config: &config::Cluster) -> Self {
+    pub fn of(config: &config::Cluster, shared: bool) -> Self {
         let lease = Duration::from_secs(config.lease_seconds);
-        Self { lease, every: lease / 3, moves: config.max_moves }
+        Self { lease, every: lease / 3, moves: config.max_moves, shared }
     }
 }
 

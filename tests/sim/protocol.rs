@@ -17,7 +17,7 @@ use sophont::{
 };
 use stateright::{Checker, Model, Property};
 
-const TERMS: Terms = Terms { lease: Duration::from_secs(2), every: Duration::from_secs(1), moves: 2 };
+const TERMS: Terms = Terms { lease: Duration::from_secs(2), every: Duration::from_secs(1), moves: 2, shared: true };
 
 /// A cluster and what may happen to it.
 struct Cluster {

@@ -37,7 +37,7 @@ mod stimuli;
 mod store;
 
 pub const SHARDS: u32 = 4;
-const TERMS: Terms = Terms { lease: Duration::from_secs(3), every: Duration::from_secs(1), moves: 2 };
+const TERMS: Terms = Terms { lease: Duration::from_secs(3), every: Duration::from_secs(1), moves: 2, shared: true };
 const LOOK: u64 = 250;
 const RESTLESS: u64 = 50;
 /// How long a gateway waits for another node before it lodges a stimulus itself.
