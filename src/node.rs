@@ -325,6 +325,7 @@ impl Node {
                 member: member.clone(),
                 environment,
                 toolkit: toolkit.clone(),
+                auth: auth.clone(),
                 scan: scan_period,
             },
             clock.clone(),

@@ -69,6 +69,7 @@ pub const LIVE: &[Key] = &[
     Key::number("cache.negative_seconds", |c| c.cache.negative_seconds as f64),
     Key::text("cache.ttl.NAME"),
     Key::text("cache.stale.NAME"),
+    Key::text("auth.tokens"),
     Key::text("telemetry.log"),
 ];
 

@@ -111,7 +111,7 @@ mod tests {
         assert!(!printed.contains("geheim"), "{printed}");
         let line = |key: &str| printed.lines().find(|line| line.starts_with(key)).unwrap().to_owned();
         assert!(line("listen = \"127.0.0.1:9\"").ends_with("# --set http.listen"));
-        assert!(line("token = \"***\"").ends_with("# --set auth.tokens"));
+        assert!(line("token = \"***\"").ends_with("# live, --set auth.tokens"));
         assert!(line("KEY = \"***\"").contains("# --set tools.mcp.files"), "{printed}");
         assert!(line("max_batch").ends_with("  # default") && line("cache_l1_size_mb").ends_with("# live, default"));
         let again: Config = toml::from_str(&printed).unwrap();

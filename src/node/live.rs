@@ -17,6 +17,7 @@ use crate::{
         self, Config,
         live::{self, Change, Plan},
     },
+    gateway::auth::Authenticator,
     instance::{environment::Environment, toolkit::Toolkit},
     runtime::clock::Clock,
     scaling::{cache::Sizes, pool::Limits},
@@ -49,6 +50,8 @@ pub(super) struct Parts {
     pub environment: Arc<Environment>,
     /// Tools.
     pub toolkit: Arc<Toolkit>,
+    /// Who may come in.
+    pub auth: Arc<Authenticator>,
     /// How often the store is searched for what waits.
     pub scan: watch::Sender<Duration>,
 }
@@ -96,6 +99,12 @@ const READERS: &[(&str, Tell)] = &[
     ("cache.negative_seconds", set_policy),
     ("cache.ttl.NAME", set_policy),
     ("cache.stale.NAME", set_policy),
+    ("auth.tokens", |parts, config| {
+        // Refused before anybody was told, if they could not be.
+        if let Err(error) = parts.auth.adopt(&config.auth) {
+            tracing::error!(%error, "the tokens stay as they are");
+        }
+    }),
     ("telemetry.log", |_, config| {
         // Refused before anybody was told, if it were no filter.
         if let Err(error) = log::change(&config.telemetry.log) {
@@ -192,6 +201,7 @@ impl Live {
             return Ok(changes);
         }
         log::filter(&new.telemetry.log).map_err(|error| Refused::Part(format!("telemetry.log: {error}")))?;
+        self.parts.auth.may_adopt(&new.auth).map_err(|error| Refused::Part(error.to_string()))?;
         if old.scales_out() && !new.scales_out() {
             self.parts.member.may_be_alone().map_err(|error| {
                 Refused::Part(format!(

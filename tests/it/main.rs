@@ -51,6 +51,7 @@ mod store_steps;
 mod support_works;
 mod tenure;
 mod thinking;
+mod tokens;
 mod tools;
 mod transport;
 mod turn;

@@ -3,7 +3,7 @@
 //! Owns: reading credentials and headers, and collecting a body within its limits. Not here: what the body says (`wire.rs`).
 //! Invariants: nothing is buffered beyond the body limit, or for longer than twice the time a request's head may take.
 
-use std::{net::IpAddr, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use actix_web::{
     HttpRequest,
@@ -17,16 +17,16 @@ use futures_util::StreamExt;
 use super::problem::Refusal;
 use crate::{
     config,
-    gateway::auth::Authenticator,
+    gateway::auth::{Authenticator, Pass},
     types::{AuthContext, InstanceId, Scope},
 };
 
-/// Who asks.
+/// Who asks, and for how long.
 ///
 /// # Errors
 /// [`Refusal::NoCredentials`], [`Refusal::BadCredentials`], or [`Refusal::Foreign`] when a page of another site asks
 /// through the browser of somebody on this machine.
-pub fn identify(auth: &Authenticator, request: &HttpRequest) -> Result<AuthContext, Refusal> {
+pub fn identify(auth: &Authenticator, request: &HttpRequest) -> Result<Arc<Pass>, Refusal> {
     let headers = request.headers();
     if let Some(value) = headers.get(header::AUTHORIZATION) {
         let token = value.to_str().ok().and_then(bearer).ok_or(Refusal::BadCredentials)?;
@@ -36,7 +36,7 @@ pub fn identify(auth: &Authenticator, request: &HttpRequest) -> Result<AuthConte
         }
     }
     let peer = request.peer_addr().map(|peer| peer.ip()).ok_or(Refusal::NoCredentials)?;
-    let context = auth.anonymous(peer).ok_or(Refusal::NoCredentials)?;
+    let pass = auth.anonymous(peer).ok_or(Refusal::NoCredentials)?;
     for name in [header::HOST, header::ORIGIN] {
         if let Some(value) = headers.get(&name) {
             let text = value.to_str().unwrap_or("?");
@@ -45,7 +45,7 @@ pub fn identify(auth: &Authenticator, request: &HttpRequest) -> Result<AuthConte
             }
         }
     }
-    Ok(context)
+    Ok(pass)
 }
 
 fn bearer(value: &str) -> Option<&str> {

@@ -3,7 +3,7 @@
 //! Owns: the listener's threads, the straight line of one request (id, route, caller, call, metrics) and [`Parts`], what a
 //! node hands in. The parts of that line: `route.rs` (which call), `admission.rs` (who and how much), `wire.rs` and `view.rs` (JSON),
 //! `problem.rs` (errors), `stimuli.rs` `instances.rs` `state.rs` `memory.rs` `pages.rs` `chat/` (calls), `follow.rs` `events.rs` `sse.rs`
-//! (streams), `line.rs` (patience with connections), `openapi.rs` (the document), `meters.rs`. Not here: how an instance decides, TLS (a proxy's work as yet).
+//! (streams), `passing.rs` (their end with their caller's right), `line.rs` (patience with connections), `openapi.rs` (the document), `meters.rs`. Not here: how an instance decides, TLS (a proxy's work as yet).
 //!
 //! Invariants: every answer has `x-request-id`; every refusal after the head is parsed is a problem with a code; nothing is
 //! looked up, logged or allocated per request that need not be. Tests: `tests/it/http.rs`, `tests/it/hostile.rs`.
@@ -57,6 +57,7 @@ mod memory;
 mod meters;
 pub mod openapi;
 mod pages;
+mod passing;
 mod problem;
 mod query;
 mod route;
@@ -273,43 +274,11 @@ impl Door {
         if found.call.changes() && shared.drain.is_draining() {
             return Err(Refusal::Draining.into());
         }
-        let who = admission::identify(&shared.auth, request)?;
-        admission::permit(&who, scope)?;
+        let pass = admission::identify(&shared.auth, request)?;
+        admission::permit(&pass.who, scope)?;
         let request_id = id.to_str().unwrap_or("");
-        let caller = Caller { shared, request, request_id, who, found };
-        match caller.found.call {
-            Call::PostStimulus => stimuli::post(&caller, payload).await,
-            Call::GetState => state::get(&caller).await,
-            Call::PatchState => state::patch(&caller, payload).await,
-            Call::GetStimulus => stimuli::get(&caller).await,
-            Call::GetTurns => instances::turns(&caller).await,
-            Call::GetEvents => events::get(&caller).await,
-            Call::PutInstance => instances::put(&caller, payload).await,
-            Call::GetInstance => instances::get(&caller).await,
-            Call::DeleteInstance => instances::delete(&caller).await,
-            Call::ListInstances => instances::list(&caller).await,
-            Call::PostEpisode => memory::post(&caller, payload).await,
-            Call::PostEpisodes => memory::post_batch(&caller, payload).await,
-            Call::Recall => memory::recall(&caller, payload).await,
-            Call::Prune => memory::prune(&caller, payload).await,
-            Call::Forget => memory::forget(&caller, payload).await,
-            Call::MemoryStats => memory::stats(&caller).await,
-            Call::ExportMemory => memory::transfer::export(&caller).await,
-            Call::ImportMemory => memory::transfer::import(&caller, payload).await,
-            Call::CheckpointMemory => memory::checkpoint(&caller).await,
-            Call::GetDeadLetters => instances::dead_letters(&caller).await,
-            Call::RetryDeadLetter => instances::retry(&caller).await,
-            Call::ChatCompletions => chat::complete(&caller, payload).await,
-            Call::Embeddings => chat::embeddings::post(&caller, payload).await,
-            Call::ListModels => chat::models(&caller).await,
-            Call::GetModel => chat::one_model(&caller).await,
-            Call::ClusterNodes => cluster::nodes(&caller).await,
-            Call::ClusterShards => cluster::shards(&caller).await,
-            Call::InspectCache => cache::inspect(&caller).await,
-            Call::DrainNode => cluster::drain(&caller).await,
-            Call::Metrics => Ok(pages::metrics(shared)),
-            Call::Live | Call::Ready | Call::OpenApi | Call::Docs | Call::Start => Err(Refusal::Path.into()),
-        }
+        let caller = Caller { shared, request, request_id, who: pass.who.clone(), found };
+        call(&caller, payload).await.map(|response| passing::bound(response, &pass))
     }
 
     /// The caller's own id when it is a sane one, else the next of this thread.
@@ -324,6 +293,43 @@ impl Door {
                 HeaderValue::try_from(id).unwrap_or(HeaderValue::from_static("none"))
             }
         }
+    }
+}
+
+/// Makes the call whose caller may make it.
+async fn call(caller: &Caller<'_>, payload: Payload) -> Result<HttpResponse, Problem> {
+    match caller.found.call {
+        Call::PostStimulus => stimuli::post(caller, payload).await,
+        Call::GetState => state::get(caller).await,
+        Call::PatchState => state::patch(caller, payload).await,
+        Call::GetStimulus => stimuli::get(caller).await,
+        Call::GetTurns => instances::turns(caller).await,
+        Call::GetEvents => events::get(caller).await,
+        Call::PutInstance => instances::put(caller, payload).await,
+        Call::GetInstance => instances::get(caller).await,
+        Call::DeleteInstance => instances::delete(caller).await,
+        Call::ListInstances => instances::list(caller).await,
+        Call::PostEpisode => memory::post(caller, payload).await,
+        Call::PostEpisodes => memory::post_batch(caller, payload).await,
+        Call::Recall => memory::recall(caller, payload).await,
+        Call::Prune => memory::prune(caller, payload).await,
+        Call::Forget => memory::forget(caller, payload).await,
+        Call::MemoryStats => memory::stats(caller).await,
+        Call::ExportMemory => memory::transfer::export(caller).await,
+        Call::ImportMemory => memory::transfer::import(caller, payload).await,
+        Call::CheckpointMemory => memory::checkpoint(caller).await,
+        Call::GetDeadLetters => instances::dead_letters(caller).await,
+        Call::RetryDeadLetter => instances::retry(caller).await,
+        Call::ChatCompletions => chat::complete(caller, payload).await,
+        Call::Embeddings => chat::embeddings::post(caller, payload).await,
+        Call::ListModels => chat::models(caller).await,
+        Call::GetModel => chat::one_model(caller).await,
+        Call::ClusterNodes => cluster::nodes(caller).await,
+        Call::ClusterShards => cluster::shards(caller).await,
+        Call::InspectCache => cache::inspect(caller).await,
+        Call::DrainNode => cluster::drain(caller).await,
+        Call::Metrics => Ok(pages::metrics(caller.shared)),
+        Call::Live | Call::Ready | Call::OpenApi | Call::Docs | Call::Start => Err(Refusal::Path.into()),
     }
 }
 

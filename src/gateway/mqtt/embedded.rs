@@ -32,7 +32,7 @@ use super::{
     record::{self, Message},
     registry::{Space, restore_item},
     roam::{self, Roam},
-    session::Session,
+    session::{Link, Session},
     tls,
     will::{self, Schedule},
 };
@@ -273,6 +273,7 @@ impl Broker {
         }
         handle.spawn(will::follow(broker.clone()));
         handle.spawn(broker.clone().close_on_drain());
+        handle.spawn(broker.clone().close_whose_right_ended());
         Ok(broker)
     }
 
@@ -426,10 +427,26 @@ impl Broker {
 
     async fn close_on_drain(self: Arc<Self>) {
         self.drain.draining().await;
+        self.close(code::SHUTTING_DOWN, |_| true);
+    }
+
+    /// Whoever is let in while this looks around is asked once more at the end of the handshake.
+    async fn close_whose_right_ended(self: Arc<Self>) {
+        let mut changes = self.auth.changes();
+        loop {
+            tokio::select! {
+                () = self.drain.draining() => return,
+                Ok(()) = changes.changed() => self.close(code::NOT_AUTHORIZED, |link| link.pass.is_over()),
+            }
+        }
+    }
+
+    /// Has those connections end, for this reason code.
+    fn close(&self, reason: u8, which: impl Fn(&Link) -> bool) {
         for session in self.spaces().iter().flat_map(|space| space.sessions()) {
             let link = session.lock().link.clone();
-            if let Some(link) = link {
-                link.close(code::SHUTTING_DOWN);
+            if let Some(link) = link.filter(|link| which(link)) {
+                link.close(reason);
             }
         }
     }

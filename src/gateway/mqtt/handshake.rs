@@ -26,7 +26,10 @@ use super::{
     will,
     wire::Wire,
 };
-use crate::types::{AuthContext, limits::MAX_CLIENT_ID_BYTES};
+use crate::{
+    gateway::auth::Pass,
+    types::{AuthContext, limits::MAX_CLIENT_ID_BYTES},
+};
 
 /// Longest wait for CONNECT, and for a session to be handed over by its old connection.
 const WITHIN: Duration = Duration::from_secs(10);
@@ -154,8 +157,8 @@ fn connack(broker: &Broker, connect: &Connect, admitted: &Admitted) -> v5::Conne
     }
 }
 
-/// Who a client is.
-fn identify(broker: &Broker, connect: &Connect, peer: SocketAddr) -> Result<AuthContext, Broken> {
+/// Who a client is, and for how long.
+fn identify(broker: &Broker, connect: &Connect, peer: SocketAddr) -> Result<Arc<Pass>, Broken> {
     const BAD_LOGIN: Broken = Broken::new(code::BAD_LOGIN, "user name or password");
     if broker.auth.has_tokens() {
         let Some(password) = &connect.password else {
@@ -168,10 +171,10 @@ fn identify(broker: &Broker, connect: &Connect, peer: SocketAddr) -> Result<Auth
         };
         return found.ok_or(BAD_LOGIN);
     }
-    let auth =
+    let pass =
         broker.auth.anonymous(peer.ip()).ok_or(Broken::new(code::NOT_AUTHORIZED, "no credentials are configured"))?;
     let tenant = connect.username.as_deref().map(|user| user.split('/').next().unwrap_or_default());
-    if tenant.is_some_and(|tenant| tenant != auth.tenant.as_str()) { Err(BAD_LOGIN) } else { Ok(auth) }
+    if tenant.is_some_and(|tenant| tenant != pass.who.tenant.as_str()) { Err(BAD_LOGIN) } else { Ok(pass) }
 }
 
 /// Checks a will while its sender is there to be told.
@@ -190,7 +193,8 @@ async fn admit(broker: &Arc<Broker>, connect: &Connect, peer: SocketAddr) -> Res
     if connect.has_auth_method {
         return Err(Broken::new(code::BAD_AUTH_METHOD, "enhanced authentication"));
     }
-    let auth = identify(broker, connect, peer)?;
+    let pass = identify(broker, connect, peer)?;
+    let auth = pass.who.clone();
     if connect.client_id.len() > MAX_CLIENT_ID_BYTES || connect.client_id.chars().any(char::is_control) {
         return Err(Broken::new(code::CLIENT_ID_INVALID, "client id"));
     }
@@ -202,7 +206,7 @@ async fn admit(broker: &Arc<Broker>, connect: &Connect, peer: SocketAddr) -> Res
         given => Arc::from(given),
     };
     let space = broker.space(&auth.tenant);
-    let link = Arc::new(Link::default());
+    let link = Arc::new(Link::new(pass));
     let (session, claim) = match (&broker.roam, &auth.instance) {
         (Some(roam), Some(instance)) => {
             roam.expect(&space, instance).await;
@@ -213,6 +217,9 @@ async fn admit(broker: &Arc<Broker>, connect: &Connect, peer: SocketAddr) -> Res
     };
     if broker.drain.is_draining() {
         link.close(code::SHUTTING_DOWN);
+    }
+    if link.pass.is_over() {
+        link.close(code::NOT_AUTHORIZED);
     }
     Ok(Admitted {
         auth,

@@ -530,7 +530,10 @@ pub fn is_due(at: Option<Millis>, now: Millis) -> bool {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use crate::gateway::mqtt::session::Link;
+    use crate::{
+        gateway::{auth::Pass, mqtt::session::Link},
+        types::AuthContext,
+    };
 
     fn space() -> Space {
         Space::new(TenantId::new("t").unwrap(), None)
@@ -538,8 +541,9 @@ mod tests {
 
     fn connected(space: &Space, client: &str, expiry: u32) -> Arc<Session> {
         let session = space.session(client);
+        let pass = Pass::new(AuthContext::loopback(space.tenant.clone()));
         let mut state = session.lock();
-        (state.link, state.expiry_seconds, state.epoch) = (Some(Arc::new(Link::default())), expiry, 1);
+        (state.link, state.expiry_seconds, state.epoch) = (Some(Arc::new(Link::new(Arc::new(pass)))), expiry, 1);
         drop(state);
         session
     }

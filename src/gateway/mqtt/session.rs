@@ -26,6 +26,7 @@ use super::{
     topic::{self, Filter},
 };
 use crate::{
+    gateway::auth::Pass,
     store::MqttWrite,
     types::{Millis, StimulusId, TenantId},
 };
@@ -43,8 +44,10 @@ pub struct Away {
 }
 
 /// How others reach the task that serves a connection.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Link {
+    /// The right of its client to be here.
+    pub pass: Arc<Pass>,
     waker: AtomicWaker,
     dirty: AtomicBool,
     close: AtomicU8,
@@ -52,6 +55,12 @@ pub struct Link {
 }
 
 impl Link {
+    /// Of a client that was let in.
+    pub fn new(pass: Arc<Pass>) -> Self {
+        let (waker, ended) = (AtomicWaker::new(), CancellationToken::new());
+        Self { pass, waker, dirty: AtomicBool::new(false), close: AtomicU8::new(0), ended }
+    }
+
     /// There is something to send.
     pub fn wake(&self) {
         if !self.dirty.swap(true, Ordering::AcqRel) {

@@ -167,6 +167,23 @@ impl Stream {
         &self.seen
     }
 
+    /// Reads until the connection breaks.
+    ///
+    /// # Panics
+    /// When the stream ends as if it were whole, or the deadline passes.
+    pub async fn until_broken(&mut self) {
+        let broken = tokio::time::timeout(PATIENCE, async {
+            loop {
+                match self.answer.chunk().await {
+                    Ok(Some(_)) => {}
+                    Ok(None) => panic!("a whole stream: {:?}", self.seen),
+                    Err(_) => return,
+                }
+            }
+        });
+        broken.await.unwrap_or_else(|_| panic!("the stream goes on: {:?}", self.seen));
+    }
+
     /// Reads the next piece, and returns everything so far.
     ///
     /// # Panics
