@@ -318,6 +318,29 @@ mod tests {
         assert!(!fetch.spec().parameters.get().contains("POST") && fetch.spec().repeatable);
     }
 
+    /// Leads every name to these in turn, and after the last nowhere.
+    struct InTurn(std::sync::Mutex<Vec<Vec<&'static str>>>);
+
+    #[async_trait]
+    impl Names for InTurn {
+        async fn find(&self, _: &str, port: u16) -> io::Result<Vec<SocketAddr>> {
+            let next = self.0.lock().unwrap().pop().ok_or_else(|| io::Error::other("nowhere"))?;
+            Ok(next.into_iter().map(|text| SocketAddr::new(text.parse().unwrap(), port)).collect())
+        }
+    }
+
+    /// As for each redirect: what a name led to before says nothing about where it leads now.
+    #[tokio::test]
+    async fn each_look_up_is_judged_anew_and_only_public_addresses_are_left() {
+        let then = vec![vec!["::ffff:10.0.0.1", "169.254.169.254"], vec!["10.0.0.1", "8.8.8.8", "::1"]];
+        let fetch = Fetch::with_names(settings(&["good.example"]), 65_536, Arc::new(InTurn(then.into())));
+        let url = fetch.check("http://good.example/").unwrap();
+        assert_eq!(fetch.addresses(&url).await.unwrap().1, ["8.8.8.8:80".parse().unwrap()]);
+        let refused = fetch.addresses(&url).await.unwrap_err();
+        assert!(refused.contains("no address of the public internet"), "{refused}");
+        assert!(fetch.addresses(&url).await.unwrap_err().contains("nowhere"));
+    }
+
     #[test]
     fn bytes_become_text_or_a_word_about_them() {
         assert_eq!(text_of("é".into(), true), "é");

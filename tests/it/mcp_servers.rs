@@ -12,11 +12,13 @@ use crate::{
     tools::{Bench, Host, answer, over_http, over_stdio, runs, script, serve_http, settings},
 };
 
-/// The troublesome server behind a shell that starts something else, too, and writes down each start and that other one.
+/// The troublesome server behind a shell that starts two others, too, and writes them down: one that stays in its group and
+/// forgets its environment, one that leaves for a session of its own.
 fn wrapped(folder: &Path) -> McpServer {
     let (python, script, notes) = (program::python(), script(), folder.join("started"));
     let script = format!(
-        "sleep 86400 </dev/null >/dev/null 2>&1 &\necho $! >>'{}'\n'{}' '{script}'\ntrue",
+        "env -i sleep 86400 </dev/null >/dev/null 2>&1 &\nstays=$!\nsetsid sleep 86400 </dev/null >/dev/null 2>&1 &\n\
+         echo $stays $! >>'{}'\n'{}' '{script}'\ntrue",
         notes.display(),
         python.display()
     );
@@ -28,6 +30,11 @@ fn notes(folder: &Path) -> Vec<String> {
     text.lines().map(str::to_owned).collect()
 }
 
+/// The processes of a note that run.
+fn running(note: &str) -> usize {
+    note.split(' ').filter(|process| runs(process)).count()
+}
+
 #[tokio::test]
 async fn what_a_server_started_ends_with_it() {
     let folder = TempDir::new().unwrap();
@@ -35,7 +42,7 @@ async fn what_a_server_started_ends_with_it() {
     let first = bench.call("trouble__process", json!({})).await;
     assert!(!first.failed, "{first:?}");
     let beside = notes(folder.path());
-    assert!(beside.len() == 1 && runs(&beside[0]) && runs(&first.content), "{beside:?}");
+    assert!(beside.len() == 1 && running(&beside[0]) == 2 && runs(&first.content), "{beside:?}");
 
     // The server proper ends; the wrapper ends, and what it left behind goes before another is started.
     assert!(bench.call("trouble__die", json!({})).await.failed);
@@ -43,11 +50,11 @@ async fn what_a_server_started_ends_with_it() {
     let again = bench.call("trouble__process", json!({})).await.content;
     let beside = notes(folder.path());
     assert_eq!(beside.len(), 2);
-    wait_until("the first one's is gone", PATIENCE, async || !runs(&beside[0])).await;
-    assert!(runs(&beside[1]) && runs(&again), "the second one's is not");
+    wait_until("the first one's are gone", PATIENCE, async || running(&beside[0]) == 0).await;
+    assert!(running(&beside[1]) == 2 && runs(&again), "the second one's are not");
 
     bench.registry.close().await;
-    wait_until("all ends with the node", PATIENCE, async || !runs(&beside[1]) && !runs(&again)).await;
+    wait_until("all ends with the node", PATIENCE, async || running(&beside[1]) == 0 && !runs(&again)).await;
 }
 
 #[tokio::test]
@@ -96,6 +103,20 @@ async fn tools_that_a_server_gets_are_offered() {
     })
     .await;
     assert_eq!(bench.call("trouble__grown", json!({"a": 1, "b": 2})).await, ToolResult::of("3"));
+    bench.registry.close().await;
+}
+
+/// Over HTTP a server says so on the stream the client keeps open beside its calls.
+#[tokio::test]
+async fn tools_that_a_server_gets_over_http_are_offered() {
+    let port = free_port();
+    let _child = serve_http(port).await;
+    let bench = Bench::new(settings([("web", over_http(port))]), &["web.grow", "web.grown"]);
+    assert_eq!(bench.names().await, ["web__grow"]);
+    assert_eq!(bench.call("web__grow", json!({})).await, ToolResult::of("grown"));
+    wait_until("the other is offered, too", PATIENCE, async || bench.names().await == ["web__grow", "web__grown"])
+        .await;
+    assert_eq!(bench.call("web__grown", json!({"a": 1, "b": 2})).await, ToolResult::of("3"));
     bench.registry.close().await;
 }
 

@@ -174,7 +174,10 @@ async fn a_troublesome_server_troubles_nobody_else() {
     let environment = bench.call("trouble__environment", json!({})).await.content;
     let names: Vec<&str> = environment.split(' ').filter(|name| *name != "LC_CTYPE").collect();
     assert!(names.contains(&"GREETING") && names.contains(&"PATH"), "{names:?}");
-    assert!(names.iter().all(|name| ["GREETING", "PATH", "HOME", "LANG", "TMPDIR"].contains(name)), "{names:?}");
+    assert!(
+        names.iter().all(|name| ["GREETING", "PATH", "HOME", "LANG", "TMPDIR", "SOPHONT_SERVER"].contains(name)),
+        "{names:?}"
+    );
 
     let much = bench.call("trouble__flood", json!({"count": 1_000_000})).await;
     assert_eq!(much.content.len(), 64 * 1024, "a result is cut");
@@ -204,7 +207,7 @@ pub fn runs(pid: &str) -> bool {
 
 #[tokio::test]
 async fn a_result_is_held_where_the_settings_and_the_server_say_so() {
-    let server = McpServer { cache: vec![String::from("look"), String::from("touch")], ..over_stdio() };
+    let server = McpServer { cache: ["look", "touch", "stumble"].map(String::from).to_vec(), ..over_stdio() };
     let held = Bench::new(settings([("trouble", server)]), &["trouble.*"]);
     held.offered().await;
     let call = async |bench: &Bench, tool: &str, arguments: Value| {
@@ -222,8 +225,11 @@ async fn a_result_is_held_where_the_settings_and_the_server_say_so() {
         "4",
         "what has an effect is called each time, whatever the settings say"
     );
+    // A failure may be gone the next time.
+    assert!(held.call("trouble__stumble", json!({})).await.failed);
+    assert_eq!(call(&held, "stumble", json!({})).await, "5");
     let other = Bench { key: InstanceKey::new(TenantId::new("other").unwrap(), held.key.instance.clone()), ..held };
-    assert_eq!(call(&other, "look", at("here")).await, "here: 5", "another tenant's");
+    assert_eq!(call(&other, "look", at("here")).await, "here: 6", "another tenant's");
 
     let unnamed = Bench::new(settings([("trouble", over_stdio())]), &["trouble.*"]);
     unnamed.offered().await;
@@ -333,6 +339,8 @@ impl Host {
                             let answer = answers(&text);
                             heard.lock().unwrap().push(text);
                             let _ = stream.write_all(answer.as_bytes()).await;
+                            // One that is not whole stays open as long as the other side likes.
+                            while !is_whole(&answer) && matches!(stream.read(&mut piece).await, Ok(1..)) {}
                             return;
                         }
                     }
@@ -345,6 +353,13 @@ impl Host {
     fn asked(&self) -> Vec<String> {
         self.asked.lock().unwrap().clone()
     }
+}
+
+fn is_whole(answer: &str) -> bool {
+    let length = answer.split_once("content-length: ").and_then(|(_, rest)| rest.split_once("\r\n\r\n"));
+    length.is_none_or(|(length, body)| {
+        length.lines().next().and_then(|n| n.parse().ok()).is_none_or(|n: usize| body.len() >= n)
+    })
 }
 
 pub fn answer(status: &str, headers: &str, body: &str) -> String {
@@ -381,6 +396,8 @@ async fn a_fetch_stays_where_it_may_go() {
     let host = Host::start(|asked| {
         let path = asked.split(' ').nth(1).unwrap_or_default();
         match path {
+            // Says that there is more, and never sends it.
+            "/slow" => String::from("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nnot "),
             "/away" => answer("302 Found", "location: http://evil.example/\r\n", ""),
             "/round" => answer("302 Found", "location: /round\r\n", ""),
             "/on" => answer("307 Temporary Redirect", "location: /page\r\n", ""),
@@ -401,6 +418,9 @@ async fn a_fetch_stays_where_it_may_go() {
         let refused = fetch(&open, at(path)).await.unwrap_err();
         assert!(refused.starts_with(reason), "{refused}");
     }
+    let hasty = Fetching { seconds: 1, ..fetching(&host, &["good.example"]) };
+    let refused = fetch(&Fetch::with_names(hasty, 65_536, names()), at("/slow")).await.unwrap_err();
+    assert_eq!(refused, "no answer within 1s");
     let mut post = at("/page");
     (post["method"], post["body"]) = (json!("POST"), json!({"n": 1}));
     fetch(&open, post).await.unwrap();
@@ -421,14 +441,15 @@ async fn a_fetch_stays_where_it_may_go() {
 #[tokio::test]
 async fn a_name_that_leads_elsewhere_a_moment_later_leads_nowhere() {
     let host = Host::start(|_| answer("302 Found", "location: /again\r\n", "")).await;
-    // Public when it is checked, this machine when it is asked for once more: after a redirect it is looked up, and refused.
-    let names = Arc::new(Names(Mutex::new(vec!["127.0.0.1", "10.0.0.1"])));
-    let rebinding =
-        Fetch::with_names(Fetching { seconds: 1, ..fetching(&host, &["good.example"]) }, 65_536, names.clone());
+    // The host when it is asked, somewhere else after a redirect: the second connection goes where the second look-up says,
+    // where nobody listens. That each look-up is judged is tested where it is done.
+    let names = Arc::new(Names(Mutex::new(vec!["127.0.0.1", "127.0.0.2"])));
+    let rebinding = Fetch::with_names(fetching(&host, &["good.example"]), 65_536, names.clone());
     let url = json!({"url": format!("http://good.example:{}/", host.address.port())});
-    assert!(fetch(&rebinding, url).await.is_err());
+    let refused = fetch(&rebinding, url).await.unwrap_err();
+    assert!(refused.starts_with("no answer: "), "{refused}");
     assert_eq!(host.asked().len(), 1, "one look-up, one connection, to what was looked up");
-    assert_eq!(names.0.lock().unwrap().as_slice(), ["10.0.0.1"]);
+    assert_eq!(names.0.lock().unwrap().as_slice(), ["127.0.0.2"]);
 }
 
 /// A model that calls a tool of a server, then says what came of it.

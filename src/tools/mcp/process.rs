@@ -1,14 +1,17 @@
 //! The process of an MCP server: what it is given, what it last said on its standard error, and its end.
 //!
-//! Invariant: it leads a group of its own, and what it started (`npx`, `uvx` and shells start the server proper) ends with it.
+//! Invariant: what it started (`npx`, `uvx` and shells start the server proper) ends with it. It leads a group of its own, which is
+//! killed as one; and whatever left that group (`setsid`, daemons) is known by a mark in its environment, which children inherit.
+//! What leaves the group and wipes its environment, both, stays.
 
 use std::{
+    fs,
     process::Stdio,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use nix::{
-    sys::signal::{Signal, killpg},
+    sys::signal::{Signal, kill, killpg},
     unistd::Pid,
 };
 use tokio::{
@@ -20,17 +23,23 @@ use crate::config::tools::McpServer;
 
 /// Variables every server gets.
 const COMMON: [&str; 4] = ["PATH", "HOME", "LANG", "TMPDIR"];
+/// The variable that marks what belongs to a server, with a value of its own for each start.
+const MARK: &str = "SOPHONT_SERVER";
+/// Most looks for what is marked: what is about to be killed may just have started something.
+const LOOKS: usize = 8;
 /// How much of its standard error is kept, in bytes.
 const LAST_WORDS: usize = 2048;
 
 /// A running server. Dropping it kills it with all of its group.
 pub(super) struct Process {
     child: Child,
+    mark: String,
     said: Arc<Mutex<Vec<u8>>>,
 }
 
 impl Process {
     pub(super) fn start(settings: &McpServer) -> Result<Self, String> {
+        let mark = uuid::Uuid::new_v4().simple().to_string();
         let mut command = Command::new(&settings.command);
         let passed = COMMON.iter().copied().chain(settings.pass_env.iter().map(String::as_str));
         let passed = passed.filter_map(|name| Some((name, std::env::var_os(name)?)));
@@ -39,6 +48,7 @@ impl Process {
             .env_clear()
             .envs(passed)
             .envs(&settings.env)
+            .env(MARK, &mark)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -49,7 +59,7 @@ impl Process {
         if let Some(errors) = child.stderr.take() {
             tokio::spawn(listen(errors, said.clone()));
         }
-        Ok(Self { child, said })
+        Ok(Self { child, mark, said })
     }
 
     /// Its standard output and input, once.
@@ -65,6 +75,15 @@ impl Process {
             // An error means that nothing of it is left.
             let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
         }
+        for _ in 0..LOOKS {
+            let left = marked(&self.mark);
+            if left.is_empty() {
+                return;
+            }
+            for process in left {
+                let _ = kill(process, Signal::SIGKILL);
+            }
+        }
     }
 
     /// What it last said on its standard error.
@@ -78,6 +97,16 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Processes with this mark, as far as the system tells: none where there is no `/proc`. Takes some microseconds a process.
+fn marked(mark: &str) -> Vec<Pid> {
+    let entry = format!("{MARK}={mark}");
+    let has = |environment: Vec<u8>| environment.split(|byte| *byte == 0).any(|one| one == entry.as_bytes());
+    let all = fs::read_dir("/proc").into_iter().flatten().filter_map(Result::ok);
+    let numbers = all.filter_map(|found| found.file_name().to_str()?.parse::<i32>().ok());
+    let marked = numbers.filter(|number| fs::read(format!("/proc/{number}/environ")).is_ok_and(has));
+    marked.map(Pid::from_raw).collect()
 }
 
 async fn listen(mut errors: ChildStderr, said: Arc<Mutex<Vec<u8>>>) {

@@ -42,6 +42,19 @@ def look(place: str, closely: bool) -> str:
     return f"{place}: {count()}"
 
 
+stumbled = False
+
+
+@server.tool(annotations=ToolAnnotations(readOnlyHint=True))
+def stumble() -> str:
+    """Fails the first time."""
+    global stumbled
+    if not stumbled:
+        stumbled = True
+        raise ValueError("not yet")
+    return str(count())
+
+
 @server.tool(annotations=ToolAnnotations(readOnlyHint=False, idempotentHint=True))
 def touch() -> str:
     """Has an effect."""
