@@ -139,6 +139,26 @@ async fn what_one_node_loaded_the_others_find_in_redis_and_without_it_they_load(
     one.until_warm(Kind::Answer, &["l1", "l2"]).await;
 }
 
+/// Whoever comes next need not wait for a guard that nobody has any more, whichever way its load ended.
+#[actix_rt::test]
+async fn a_load_leaves_no_guard_in_redis() {
+    let redis = Redis::start().await;
+    let tiers = Tiers::start(Some(&redis), None);
+    tiers.until_warm(Kind::Answer, &["l1", "l2"]).await;
+    let guards = async || redis.command(&["KEYS", "*guard/*"]).await;
+    wait_until("the guard of the warm one is gone", PATIENCE, async || guards().await.is_empty()).await;
+    for end in [Ok(Some(String::from("told"))), Err("no")] {
+        let slot = slot(Kind::Answer, if end.is_ok() { "ends" } else { "fails" });
+        let loaded = tiers.cache.get_or_make::<String, _, _, _>(&slot, 0, || async {
+            // Without an end of its own it stays until it is taken away.
+            assert_eq!(redis.command(&["PERSIST", &guards().await]).await, "1", "there is one while it loads");
+            end.clone()
+        });
+        assert_eq!(loaded.await.map(|text| text.map(|text| (*text).clone())), end);
+        wait_until("its guard is gone", PATIENCE, async || guards().await.is_empty()).await;
+    }
+}
+
 #[actix_rt::test]
 async fn what_is_dear_to_make_survives_a_restart() {
     let folder = tempfile::tempdir().unwrap();
@@ -365,6 +385,17 @@ async fn what_other_nodes_read_they_find_in_redis_and_the_owner_says_that_it_is_
         written += 1;
         clients[0].patch(path, &json!({"desired": {"n": written}})).await.expect(200);
         seconded().await > 0.0
+    })
+    .await;
+    wait_until("what others read is there once it is committed, before anybody asks", PATIENCE, async || {
+        for client in &clients {
+            client.get(path).await.expect(200);
+        }
+        written += 1;
+        let state = clients[0].patch(path, &json!({"desired": {"n": written}})).await.expect(200);
+        let held = clients[0].get("/v1/cache?key=state/shared").await.expect(200);
+        let second = held["items"].as_array().unwrap().iter().find(|item| item["tier"] == "l2");
+        second.is_some_and(|item| item["version"] == state["version"])
     })
     .await;
 }

@@ -169,6 +169,11 @@ async fn what_is_asked_again(write_at: &Http, read_at: &Http) {
     let before = held(read_at).await;
     let first = recall(read_at, ask.clone()).await;
     assert_eq!(ids(&first), [tea.as_str()]);
+    // The same is asked of another one, whose memory has as many turns.
+    let coffee = "Bob takes coffee, never tea";
+    write_at.post("/v1/instances/bob/episodes", &json!({"content": coffee})).await.expect(201);
+    let of_bob = read_at.post("/v1/instances/bob/recall", &ask).await.expect(200);
+    assert_eq!(of_bob["episodes"][0]["content"], coffee);
     assert_eq!(recall(read_at, ask.clone()).await, first);
     assert_eq!(held(read_at).await - before, 1.0, "the second time it was held");
     assert_eq!(recall(read_at, json!({"query": "which tea?", "top_k": 1})).await.len(), 1);

@@ -178,6 +178,30 @@ async fn a_cancelled_turn_keeps_its_steps_and_interrupts_no_tool() {
     assert_eq!(outside.called().len(), 1);
 }
 
+#[tokio::test]
+async fn what_committed_steps_wished_for_is_done_though_the_turn_is_cancelled() {
+    let outside = Outside::start(|round, _| match round {
+        0 => Said::Answer("I note it.", vec![("remember", json!({"content": "somebody was here"}))]),
+        _ => Said::Answer("Done.", vec![]),
+    })
+    .await;
+    // With the node's own tools.
+    let config = outside.config();
+    let (_, models) = config.split_once("[cognition]").unwrap();
+    let node = Node::builder().about(About::Process).config(&format!("[cognition]{models}")).start().await;
+    let http = node.client();
+    let profile = json!({"engine": "llm", "tools": ["remember"], "limits": {"cancel_unheard_seconds": 0}});
+    http.put_instance("ada", &profile).await;
+    outside.stop(Stop::Before(Point::Model(1)));
+    let sender = begin(&outside, request(&http, Way::Stream, "ada", "s1"), "s1").await;
+    outside.until_stopped().await;
+    sender.abort();
+    let turn = is_cancelled(&http, &outside, "s1").await;
+    assert_eq!(turn["steps"], 2, "{turn}");
+    let found = http.post("/v1/instances/ada/recall", &json!({"query": "who was here?"})).await.expect(200);
+    assert_eq!(found["episodes"][0]["content"], "somebody was here", "{found}");
+}
+
 /// The client is at a node that does not own the instance.
 #[tokio::test]
 async fn whoever_leaves_at_another_node_ends_the_thought_too() {
