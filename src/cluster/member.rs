@@ -24,7 +24,7 @@ use super::{
     copies::{self, Copies},
     forward::{self, Forwarder, Local, Owner, Owners},
     gauge::{Claimed, Gauge},
-    hearing::Hearing,
+    hearing::{self, Hearing},
     lease::Terms,
     membership::{self, Holder, Membership, Scales, Standing},
     operations::Operations,
@@ -227,7 +227,15 @@ impl Member {
         // Nobody else sets it.
         let _ = map.membership.set(membership.clone());
         let watches = Watches::start(&environment.hub, &forwarder, &drain, &handle);
-        let hearing = Hearing::start(&environment.ears, &forwarder, understood(&balancer, 4));
+        let (sees, routes) = (membership.clone(), balancer.clone());
+        let hearing = Hearing::start(hearing::Parts {
+            ears: environment.ears.clone(),
+            forwarder: forwarder.clone(),
+            others: Box::new(move || others(&sees)),
+            spoken: Box::new(move || routes.routing().spoken()),
+            answer: Duration::from_millis(config.redis.answer_ms),
+            deaf: config.faults.drop_listens,
+        });
         let copies = Copies::new(copies::Parts {
             environment: environment.clone(),
             owners: map.clone(),
@@ -240,13 +248,14 @@ impl Member {
         });
         copies.tell(&drain);
         let (hears, watching, weighs) = (membership.clone(), watches.clone(), balancer.clone());
-        let (copying, losing) = (copies.clone(), copies.clone());
+        let (copying, losing) = (copies.clone(), (copies.clone(), hearing.clone()));
         let listening = hearing.clone();
         let relays = Arc::new(OnceLock::<Hears>::new());
         let door = relays.clone();
         let news = Box::new(move |from: NodeId, age_ms: u64, message: Message| {
             let message = copying.hear(&from, age_ms, message).err();
-            let Some(message) = message.and_then(|message| listening.hear(from.clone(), message).err()) else { return };
+            let heard = message.and_then(|message| listening.hear(from.clone(), age_ms, message).err());
+            let Some(message) = heard else { return };
             match watching.hear(from.clone(), message) {
                 Err(Message::Load(load)) => {
                     weighs.hear(from, load, Duration::ZERO);
@@ -261,7 +270,10 @@ impl Member {
                 _ => {}
             }
         });
-        let local = Local::new(shards, environment, news).on_lost(move |to| losing.lost(to));
+        let local = Local::new(shards, environment, news).on_lost(move |to| {
+            losing.0.lost(to);
+            losing.1.lost(to);
+        });
         forwarder.serve(inlet, Arc::new(local), &drain);
         handle.spawn(follow(membership.clone(), forwarder.clone(), (watches, hearing), drain, alone.clone()));
         let settled = |standing: &Standing| standing.open > 0 || (standing.version > 1 && !standing.alone);

@@ -30,7 +30,7 @@ pub mod watch;
 /// - 2: nodes tell each other now and then how busy they are.
 /// - 3: nodes ask the owner of an instance whether what they hold of its state is the newest.
 /// - 4: nodes tell the owner of an instance who at their doors listens to which answer.
-pub const PROTOCOL: Protocol = Protocol { min: 1, max: 4 };
+pub const PROTOCOL: Protocol = Protocol { min: 1, max: 5 };
 
 pub use membership::Membership;
 pub use operations::Operations;

@@ -661,6 +661,8 @@ pub struct Faults {
     pub fence_off: bool,
     /// Nodes do not hear which states are stale.
     pub drop_invalidations: bool,
+    /// Nodes do not hear who listens to answers at the doors of others.
+    pub drop_listens: bool,
     /// Cached states are served whoever changed them meanwhile: the negative control of the cache's tests.
     pub cache_blind: bool,
     /// How busy the node says it is, in thousandths, in place of how busy it is.

@@ -2,8 +2,9 @@
 //!
 //! Owns: the places of listeners, those here and, by node, those elsewhere. Not here: what is made of it (`actor/unheard.rs`), the way
 //! to the owner on another node (`cluster::hearing`, behind [`Neighbours`]).
-//! Invariants: nobody is said to have left but by a door that saw them go. A node that dies, a message that is lost and a registry that
-//! is full make a stimulus look as if somebody still listened.
+//! Invariants: nobody is said to have left but by a door that saw them go. What doors of other nodes said is a hint: before a
+//! thought is given up they are asked ([`Ears::wanted_elsewhere`]), and one that does not answer may have somebody who listens. While
+//! somebody listens for whom the registry had no place, nobody counts as unheard.
 //! Tests: at the foot; `tests/it/unheard.rs`.
 
 use std::{
@@ -15,6 +16,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::future::BoxFuture;
+
 use crate::types::{InstanceKey, NodeId, StimulusId};
 
 /// Most stimuli that are kept in mind.
@@ -24,11 +27,25 @@ const STALE: Duration = Duration::from_secs(3_600);
 /// The stale are looked for no more often than this.
 const SWEEP: Duration = Duration::from_secs(60);
 
-/// Port: the owner of an instance on another node wants to know, too. Implemented by `cluster`.
+/// What a door tells of those who listen to a stimulus there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum News {
+    /// Somebody does, the first one.
+    Listens,
+    /// Nobody does any more.
+    Ends,
+    /// Nobody does any more, and one who left sent it.
+    Left,
+    /// Its sender was told to come back for the answer.
+    Kept,
+}
+
+/// Port: doors on other nodes. Implemented by `cluster`.
 pub trait Neighbours: Send + Sync + 'static {
-    /// Somebody here listens to a stimulus, the first one, or nobody does any more; `left`: its sender is gone. Must not block.
-    /// Returns whether the owner is another node, which was told.
-    fn changed(&self, key: &InstanceKey, stimulus: &StimulusId, listens: bool, left: bool) -> bool;
+    /// The owner of the instance wants to know. Must not block. Returns whether that is another node, which was told.
+    fn changed(&self, key: &InstanceKey, stimulus: &StimulusId, news: News) -> bool;
+    /// Whether somebody at another node may want the answer to one of these: no only when each of them said so. Ends within a bound.
+    fn may_listen(&self, key: &InstanceKey, stimuli: Vec<StimulusId>) -> BoxFuture<'static, bool>;
 }
 
 type Name = (InstanceKey, StimulusId);
@@ -37,7 +54,7 @@ type Name = (InstanceKey, StimulusId);
 #[derive(Debug)]
 struct Seats {
     here: usize,
-    /// Nodes at whose doors somebody listens.
+    /// Nodes that said that somebody listens at their doors.
     elsewhere: Vec<NodeId>,
     /// A sender left before the answer.
     left: bool,
@@ -66,6 +83,8 @@ pub struct Ears(Arc<Inner>);
 struct Inner {
     /// Number of entries, read without the lock.
     entries: AtomicUsize,
+    /// How many listen here for whom there was no place.
+    standing: AtomicUsize,
     state: Mutex<State>,
     neighbours: OnceLock<Arc<dyn Neighbours>>,
 }
@@ -82,7 +101,7 @@ impl State {
         let full = self.seats.len() >= MOST && !self.seats.contains_key(name);
         if full && self.swept.is_none_or(|swept| now.duration_since(swept) >= SWEEP) {
             self.swept = Some(now);
-            self.seats.retain(|_, seats| !seats.is_empty() || now.duration_since(seats.since) < STALE);
+            self.seats.retain(|_, seats| seats.here > 0 || now.duration_since(seats.since) < STALE);
         }
         if full && self.seats.len() >= MOST {
             return None;
@@ -121,19 +140,23 @@ impl Ears {
 
     /// The same for one who may have the answer before it is worth telling anybody: see [`Ear::sit`].
     pub fn prick(&self, key: &InstanceKey, stimulus: &StimulusId, sender: bool) -> Ear {
-        Ear { ears: self.clone(), name: (key.clone(), stimulus.clone()), sender, seated: false, over: false }
+        Ear { ears: self.clone(), name: (key.clone(), stimulus.clone()), sender, place: Place::None, over: false }
     }
 
-    /// A door of another node says that somebody there listens, or that nobody does any more.
-    pub fn elsewhere(&self, node: NodeId, key: InstanceKey, stimulus: StimulusId, listens: bool, left: bool) {
+    /// A door of another node tells of those who listen there.
+    pub fn elsewhere(&self, node: NodeId, key: InstanceKey, stimulus: StimulusId, news: News) {
         let (name, now) = ((key, stimulus), Instant::now());
         self.with(|state| {
             let Some(seats) = state.seats(&name, now) else { return };
-            seats.elsewhere.retain(|other| *other != node);
-            if listens {
-                seats.elsewhere.push(node);
+            match news {
+                News::Kept => seats.kept = true,
+                _ => seats.elsewhere.retain(|other| *other != node),
             }
-            seats.left |= left;
+            match news {
+                News::Listens => seats.elsewhere.push(node),
+                News::Left => seats.left = true,
+                News::Ends | News::Kept => {}
+            }
             seats.since = now;
             if seats.is_idle() {
                 state.seats.remove(&name);
@@ -141,10 +164,10 @@ impl Ears {
         });
     }
 
-    /// Since when nobody waits for the answer to a stimulus for which somebody did. None while somebody does, and when nobody
-    /// ever has.
+    /// Since when nobody waits, as far as is known here, for the answer to a stimulus for which somebody did. None while somebody
+    /// does, and when nobody ever has.
     pub fn unheard_since(&self, key: &InstanceKey, stimulus: &StimulusId) -> Option<Instant> {
-        if self.is_empty() {
+        if self.is_empty() || self.some_stand() {
             return None;
         }
         let name = (key.clone(), stimulus.clone());
@@ -152,6 +175,24 @@ impl Ears {
             let seats = state.seats.get(&name)?;
             (seats.is_empty() && seats.left && !seats.kept).then_some(seats.since)
         })
+    }
+
+    /// Whether somebody at another node may want the answer to one of these: they are asked, since what they told may be lost. Ends
+    /// within a bound. Cancel safe.
+    pub fn wanted_elsewhere(&self, key: &InstanceKey, stimuli: Vec<StimulusId>) -> BoxFuture<'static, bool> {
+        match self.0.neighbours.get() {
+            Some(neighbours) => neighbours.may_listen(key, stimuli),
+            None => Box::pin(std::future::ready(false)),
+        }
+    }
+
+    /// Those of the stimuli that somebody here wants answered, for an owner who asks.
+    pub fn wanted(&self, key: &InstanceKey, mut stimuli: Vec<StimulusId>) -> Vec<StimulusId> {
+        if !self.some_stand() {
+            let wanted = |seats: &Seats| seats.here > 0 || seats.kept;
+            self.with(|state| stimuli.retain(|id| state.seats.get(&(key.clone(), id.clone())).is_some_and(wanted)));
+        }
+        stimuli
     }
 
     /// The stimulus has its end.
@@ -186,9 +227,25 @@ impl Ears {
         self.len() == 0
     }
 
-    fn changed(&self, (key, stimulus): &Name, listens: bool, left: bool) -> bool {
-        self.0.neighbours.get().is_some_and(|neighbours| neighbours.changed(key, stimulus, listens, left))
+    fn some_stand(&self) -> bool {
+        self.0.standing.load(Ordering::Acquire) > 0
     }
+
+    fn changed(&self, (key, stimulus): &Name, news: News) -> bool {
+        self.0.neighbours.get().is_some_and(|neighbours| neighbours.changed(key, stimulus, news))
+    }
+}
+
+/// Whether one who listens counts.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// Not yet, or no more.
+    #[default]
+    None,
+    /// Among those of the stimulus.
+    Seat,
+    /// There was no seat: as long as they stand, any stimulus may be theirs.
+    Standing,
 }
 
 /// The place of one who listens. Dropped before [`Ear::ended`] or [`Ear::keep`] they have left.
@@ -197,15 +254,14 @@ pub struct Ear {
     ears: Ears,
     name: Name,
     sender: bool,
-    /// Whether it counts.
-    seated: bool,
+    place: Place,
     over: bool,
 }
 
 impl Ear {
     /// It counts from here on.
     pub fn sit(&mut self) {
-        if self.seated {
+        if self.place != Place::None {
             return;
         }
         let now = Instant::now();
@@ -215,44 +271,59 @@ impl Ear {
             seats.since = now;
             Some(seats.here == 1)
         });
-        self.seated = first.is_some();
-        if first == Some(true) {
-            self.ears.changed(&self.name, true, false);
+        self.place = if first.is_some() { Place::Seat } else { Place::Standing };
+        match first {
+            Some(true) => {
+                self.ears.changed(&self.name, News::Listens);
+            }
+            Some(false) => {}
+            None => {
+                self.ears.0.standing.fetch_add(1, Ordering::AcqRel);
+            }
         }
     }
 
     /// The answer is there, or the door ends the wait.
     pub fn ended(mut self) {
         self.over = true;
-        self.rise(false, false);
+        self.rise(News::Ends);
     }
 
     /// The sender is told to come back for the answer: it is wanted from now on, whoever leaves.
     pub fn keep(mut self) {
         self.over = true;
         self.sit();
-        self.rise(false, true);
+        self.rise(News::Kept);
     }
 
-    fn rise(&mut self, left: bool, kept: bool) {
-        if !std::mem::take(&mut self.seated) {
-            return;
+    fn rise(&mut self, why: News) {
+        match std::mem::take(&mut self.place) {
+            Place::None => return,
+            Place::Standing => {
+                self.ears.0.standing.fetch_sub(1, Ordering::AcqRel);
+                return;
+            }
+            Place::Seat => {}
         }
         let last = self.ears.with(|state| {
             let seats = state.seats.get_mut(&self.name)?;
             seats.here = seats.here.saturating_sub(1);
-            seats.left |= left;
-            seats.kept |= kept;
+            seats.left |= why == News::Left;
+            seats.kept |= why == News::Kept;
             seats.since = Instant::now();
-            let last = (seats.here == 0).then_some(seats.left && !seats.kept);
+            let news = if seats.left && !seats.kept { News::Left } else { News::Ends };
+            let last = (seats.here == 0).then_some(news);
             if seats.is_idle() {
                 state.seats.remove(&self.name);
             }
             last
         });
+        if why == News::Kept {
+            self.ears.changed(&self.name, News::Kept);
+        }
         // What another node owns is for that node to remember.
-        if let Some(left) = last
-            && self.ears.changed(&self.name, false, left)
+        if let Some(news) = last
+            && self.ears.changed(&self.name, news)
         {
             self.ears.with(|state| {
                 if state.seats.get(&self.name).is_some_and(Seats::is_empty) {
@@ -267,7 +338,7 @@ impl Drop for Ear {
     fn drop(&mut self) {
         if !self.over {
             self.sit();
-            self.rise(self.sender, false);
+            self.rise(if self.sender { News::Left } else { News::Ends });
         }
     }
 }
@@ -330,37 +401,67 @@ mod tests {
     #[test]
     fn those_at_other_nodes_count() {
         let ears = Ears::default();
-        let say = |listens, left| ears.elsewhere(node(), key(), id(), listens, left);
-        say(true, false);
+        let say = |news| ears.elsewhere(node(), key(), id(), news);
+        say(News::Listens);
         drop(ears.listen(&key(), &id(), true));
         assert_eq!(ears.unheard_since(&key(), &id()), None);
-        say(false, false);
+        say(News::Ends);
         assert!(ears.unheard_since(&key(), &id()).is_some());
         ears.over(&key(), &id());
-        say(true, false);
-        say(false, false);
+        say(News::Listens);
+        say(News::Ends);
         assert!(ears.is_empty(), "nobody left there");
-        say(false, true);
+        say(News::Left);
         assert!(ears.unheard_since(&key(), &id()).is_some(), "who came is known from their leaving");
+        say(News::Kept);
+        assert_eq!(ears.unheard_since(&key(), &id()), None, "one of them was told to come back");
+    }
+
+    /// What was told; nobody listens elsewhere.
+    #[derive(Default)]
+    struct Told(Mutex<Vec<News>>);
+
+    impl Neighbours for Told {
+        fn changed(&self, _: &InstanceKey, _: &StimulusId, news: News) -> bool {
+            self.0.lock().unwrap().push(news);
+            true
+        }
+        fn may_listen(&self, _: &InstanceKey, _: Vec<StimulusId>) -> BoxFuture<'static, bool> {
+            Box::pin(std::future::ready(false))
+        }
     }
 
     #[test]
     fn an_owner_elsewhere_is_told_once_and_keeps_it_in_mind() {
-        #[derive(Default)]
-        struct Told(Mutex<Vec<(bool, bool)>>);
-        impl Neighbours for Told {
-            fn changed(&self, _: &InstanceKey, _: &StimulusId, listens: bool, left: bool) -> bool {
-                self.0.lock().unwrap().push((listens, left));
-                true
-            }
-        }
         let (ears, told) = (Ears::default(), Arc::new(Told::default()));
         ears.set_neighbours(told.clone());
+        let all = || std::mem::take(&mut *told.0.lock().unwrap());
         let (one, two) = (ears.listen(&key(), &id(), true), ears.listen(&key(), &id(), false));
-        assert_eq!(ears.here(), [(key(), id())]);
+        assert_eq!((ears.here(), ears.wanted(&key(), vec![id()])), (vec![(key(), id())], vec![id()]));
         drop((one, two));
+        assert_eq!(ears.wanted(&key(), vec![id()]), []);
         ears.listen(&key(), &id(), true).ended();
-        assert_eq!(*told.0.lock().unwrap(), [(true, false), (false, true), (true, false), (false, false)]);
+        assert_eq!(all(), [News::Listens, News::Left, News::Listens, News::Ends]);
+        let other = ears.listen(&key(), &id(), true);
+        ears.prick(&key(), &id(), true).keep();
+        drop(other);
+        assert_eq!(all(), [News::Listens, News::Kept, News::Ends]);
         assert!(ears.is_empty());
+    }
+
+    #[test]
+    fn while_somebody_has_no_place_nobody_is_unheard() {
+        let ears = Ears::default();
+        drop(ears.listen(&key(), &id(), true));
+        assert!(ears.unheard_since(&key(), &id()).is_some());
+        for n in 1..MOST {
+            ears.elsewhere(node(), key(), StimulusId::new(format!("full-{n}")).unwrap(), News::Listens);
+        }
+        let late = StimulusId::new("late").unwrap();
+        let standing = ears.listen(&key(), &late, true);
+        assert_eq!((ears.len(), ears.unheard_since(&key(), &id())), (MOST, None));
+        assert_eq!(ears.wanted(&key(), vec![late.clone()]), [late]);
+        drop(standing);
+        assert!(ears.unheard_since(&key(), &id()).is_some());
     }
 }

@@ -79,6 +79,8 @@ metrics! {
     INTERRUPTED = Counter "sophont_instance_interrupted_thoughts_total";
     /// Stimuli that were thought about no further because nobody waited for the answer any more.
     UNHEARD = Counter "sophont_instance_unheard_stimuli_total";
+    /// Times all other nodes were asked whether somebody there waits for a thought that nobody here does, by answer: `nobody`, `somebody`, `unknown` (one said nothing, and the thought goes on).
+    HARKED = Counter "sophont_cluster_harked_thoughts_total";
     /// Instances in memory.
     ACTIVE = Gauge "sophont_instance_active";
     /// Activations.

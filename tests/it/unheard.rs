@@ -5,10 +5,11 @@
 
 use reqwest::Method;
 use serde_json::{Value, json};
+use sophont::telemetry::metric as name;
 
 use crate::{
     steps::outside::{Outside, Point, Said, Stop},
-    support::{About, Http, Node, PATIENCE, cluster::Cluster, wait_until},
+    support::{About, Http, Node, PATIENCE, cluster::Cluster, metric, wait_until},
 };
 
 fn answering(_: usize, _: usize) -> Said {
@@ -48,6 +49,11 @@ fn request(http: &Http, way: Way, instance: &str, id: &str) -> reqwest::RequestB
     }
 }
 
+/// Listens to a stimulus that somebody else sent.
+fn follow(http: &Http, id: &str) -> reqwest::RequestBuilder {
+    http.request(Method::GET, &format!("/v1/stimuli/{id}")).header("accept", "text/event-stream")
+}
+
 /// Sends it and stays until it is thought about. Aborting what is returned closes the connection.
 async fn begin(outside: &Outside, request: reqwest::RequestBuilder, id: &str) -> tokio::task::JoinHandle<()> {
     let client = tokio::spawn(async move {
@@ -60,10 +66,17 @@ async fn begin(outside: &Outside, request: reqwest::RequestBuilder, id: &str) ->
     client
 }
 
-async fn is_cancelled(http: &Http, outside: &Outside, id: &str) -> Value {
+/// The turn of a stimulus that was given up.
+async fn cancelled(http: &Http, id: &str) -> Value {
     let turn = http.until_status(id, "decided").await["turn"].clone();
     assert!(turn["error"].as_str().unwrap_or_default().starts_with("cancelled"), "{id}: {turn}");
     assert_eq!((&turn["outcome"], &turn["reply"]), (&json!("silent"), &Value::Null), "{id}: {turn}");
+    turn
+}
+
+/// The same where the model was being asked.
+async fn is_cancelled(http: &Http, outside: &Outside, id: &str) -> Value {
+    let turn = cancelled(http, id).await;
     wait_until("the model's connection is closed", PATIENCE, async || outside.given_up().iter().any(|said| said == id))
         .await;
     turn
@@ -117,10 +130,6 @@ async fn what_somebody_may_still_want_is_thought_to_its_end() {
     ] {
         http.put_instance(instance, profile).await;
     }
-    let follow = |id: &str| {
-        let path = format!("/v1/stimuli/{id}");
-        http.request(Method::GET, &path).header("accept", "text/event-stream")
-    };
     outside.stop(Stop::Before(Point::Model(0)));
     // No limit, or a longer one: nothing is cancelled, at least not yet.
     for instance in ["plain", "patient"] {
@@ -128,7 +137,7 @@ async fn what_somebody_may_still_want_is_thought_to_its_end() {
     }
     // Somebody else follows it.
     let sender = begin(&outside, request(&http, Way::Stream, "followed", "followed"), "followed").await;
-    let mut other = Http::open(follow("followed")).await;
+    let mut other = Http::open(follow(&http, "followed")).await;
     other.until("thinking").await;
     sender.abort();
     // The wait was over before the answer came: the sender was told that it is thought about.
@@ -136,7 +145,7 @@ async fn what_somebody_may_still_want_is_thought_to_its_end() {
     http.post(path, &json!({"id": "told", "content": "told"})).await.expect(202);
     // Nobody ever waited, and whoever only looked does not matter.
     http.drop_in("dropped-in", &json!({"id": "dropped-in", "content": "dropped-in"})).await.expect(202);
-    let mut looked = Http::open(follow("dropped-in")).await;
+    let mut looked = Http::open(follow(&http, "dropped-in")).await;
     looked.until("thinking").await;
     drop(looked);
     // All of them were looked at when this one, which came last, is cancelled.
@@ -173,7 +182,8 @@ async fn a_cancelled_turn_keeps_its_steps_and_interrupts_no_tool() {
     assert_eq!(http.stimulus("s1").await.expect(200)["status"], "thinking", "its tool is at work");
     outside.stop(Stop::Before(Point::Model(1)));
     outside.pass();
-    let turn = is_cancelled(&http, &outside, "s1").await;
+    // Whether the model hears of it once more or not.
+    let turn = cancelled(&http, "s1").await;
     assert_eq!((&turn["steps"], &turn["usage"]["input_tokens"]), (&json!(2), &json!(100)), "{turn}");
     assert_eq!(outside.called().len(), 1);
 }
@@ -223,4 +233,72 @@ async fn whoever_leaves_at_another_node_ends_the_thought_too() {
         outside.go();
     }
     assert_eq!(outside.heard().len(), 4);
+}
+
+/// Nodes do not hear who listens elsewhere.
+const DEAF: &str = "SOPHONT__FAULTS__DROP_LISTENS";
+
+/// Until a node asked the others about a thought that nobody waited for there, with this answer, more than so often.
+async fn asked(owner: &Http, answer: &str, before: f64) {
+    let name = format!("{}{{answer=\"{answer}\"}}", name::HARKED);
+    let what = format!("the others were asked: {answer}");
+    wait_until(&what, PATIENCE, async || metric(owner, &name).await > before).await;
+}
+
+#[tokio::test]
+async fn a_lost_word_of_who_listens_cancels_no_thought() {
+    let outside = Outside::start(answering).await;
+    let config = outside.config() + "max_concurrent = 16\n";
+    let cluster = Cluster::build(3, true, |builder| builder.config(&config).env(DEAF, "true")).await;
+    cluster.client(0).put_instance("ada", &attentive()).await;
+    let owner = cluster.owner("ada").await;
+    let (here, there) = (cluster.client(owner), cluster.client((owner + 1) % 3));
+    outside.stop(Stop::Before(Point::Model(0)));
+    let sender = begin(&outside, request(&here, Way::Stream, "ada", "first"), "first").await;
+    let mut other = Http::open(follow(&there, "first")).await;
+    other.until("thinking").await;
+    // One that waits behind it is asked about before its thought begins, or soon after.
+    let behind = tokio::spawn(request(&here, Way::Stream, "ada", "second").send());
+    here.until_status("second", "accepted").await;
+    let second = Http::open(follow(&there, "second")).await;
+    behind.abort();
+    sender.abort();
+    asked(&here, "somebody", 0.0).await;
+    assert_eq!(outside.given_up(), [""; 0]);
+    outside.go();
+    for id in ["first", "second"] {
+        assert_eq!(here.until_status(id, "decided").await["turn"]["reply"]["content"], "Here I am.", "{id}");
+    }
+    drop((other, second));
+    // They are asked in vain, and then there is nobody.
+    outside.stop(Stop::Before(Point::Model(0)));
+    let sender = begin(&outside, request(&here, Way::Stream, "ada", "third"), "third").await;
+    let mut other = Http::open(follow(&there, "third")).await;
+    other.until("thinking").await;
+    sender.abort();
+    drop(other);
+    is_cancelled(&here, &outside, "third").await;
+}
+
+#[tokio::test]
+async fn while_other_nodes_cannot_be_asked_a_thought_goes_on() {
+    let outside = Outside::start(answering).await;
+    let config = outside.config();
+    let mut cluster = Cluster::build(2, true, |builder| builder.config(&config).env(DEAF, "true")).await;
+    cluster.client(0).put_instance("ada", &attentive()).await;
+    let owner = cluster.owner("ada").await;
+    let (here, there) = (cluster.client(owner), cluster.client(1 - owner));
+    outside.stop(Stop::Before(Point::Model(0)));
+    let sender = begin(&outside, request(&here, Way::Stream, "ada", "deaf"), "deaf").await;
+    let redis = cluster.redis.as_mut().unwrap();
+    redis.kill().await;
+    let other = Http::open(follow(&there, "deaf")).await;
+    sender.abort();
+    asked(&here, "unknown", 0.0).await;
+    assert_eq!(outside.given_up(), [""; 0]);
+    redis.start_again().await;
+    // Now the other node says who listens there.
+    asked(&here, "somebody", 0.0).await;
+    drop(other);
+    is_cancelled(&here, &outside, "deaf").await;
 }

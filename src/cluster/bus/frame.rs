@@ -160,7 +160,14 @@ mod tests {
             "the newest kinds are those of the newest protocol"
         );
         // What came with protocol 1 is in the file that was first.
-        let names = ["frame-1.bin", "frame-1-protocol-2.bin", "frame-1-protocol-3.bin", "frame-1-protocol-4.bin"];
+        let names = [
+            "frame-1.bin",
+            "frame-1-protocol-2.bin",
+            "frame-1-protocol-3.bin",
+            "frame-1-protocol-4.bin",
+            "frame-1-protocol-5.bin",
+        ];
+        assert_eq!(usize::from(newest), names.len(), "each protocol has its file");
         for (since, name) in (1..=newest).zip(names) {
             let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/bus").join(name);
             let messages: Vec<Message> = samples().into_iter().filter(|message| message.since() == since).collect();

@@ -49,6 +49,12 @@ pub enum Message {
     Checked(Checked),
     /// Somebody at the sender's doors listens to an answer, or nobody does any more. Since protocol 4.
     Ear(Ear),
+    /// Whether anybody at the receiver's doors wants these answers. Since protocol 5.
+    Hark(Hark),
+    /// The answer to a [`Hark`]. Since protocol 5.
+    Heard(Heard),
+    /// Who sent a stimulus was told at the sender's doors to come back for the answer. Since protocol 5.
+    Kept(Kept),
 }
 
 /// A batch of one sender's stimuli for one instance, in order.
@@ -498,6 +504,39 @@ pub struct Ear {
     pub left: bool,
 }
 
+/// A question about stimuli of an instance that the sender owns, before it gives them up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hark {
+    /// What [`Heard::call`] repeats.
+    pub call: u64,
+    /// The sender waits so long from sending on, in milliseconds.
+    pub within_ms: u32,
+    /// The instance.
+    pub key: InstanceKey,
+    /// Which.
+    pub stimuli: Vec<StimulusId>,
+}
+
+/// Who wants which answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Heard {
+    /// Which call.
+    pub call: u64,
+    /// The instance.
+    pub key: InstanceKey,
+    /// Those of the stimuli that somebody at the sender's doors wants answered.
+    pub wanted: Vec<StimulusId>,
+}
+
+/// A stimulus whose answer somebody will come back for. The receiver owns the instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// The instance.
+    pub key: InstanceKey,
+    /// Which.
+    pub stimulus: StimulusId,
+}
+
 impl Message {
     /// The version of the protocol since which this is said. Whoever speaks an older one is not told.
     pub const fn since(&self) -> u8 {
@@ -505,12 +544,13 @@ impl Message {
             Message::Report(_) | Message::Unread(_) => 2,
             Message::Check(_) | Message::Checked(_) => 3,
             Message::Ear(_) => 4,
+            Message::Hark(_) | Message::Heard(_) | Message::Kept(_) => 5,
             _ => 1,
         }
     }
 
     /// The names of the kinds, for figures and logs.
-    pub const KINDS: [&str; 15] = [
+    pub const KINDS: [&str; 18] = [
         "work",
         "results",
         "ask",
@@ -526,6 +566,9 @@ impl Message {
         "check",
         "checked",
         "ear",
+        "hark",
+        "heard",
+        "kept",
     ];
 
     /// Which of [`Message::KINDS`] it is.
@@ -546,6 +589,9 @@ impl Message {
             Message::Check(_) => 12,
             Message::Checked(_) => 13,
             Message::Ear(_) => 14,
+            Message::Hark(_) => 15,
+            Message::Heard(_) => 16,
+            Message::Kept(_) => 17,
         }
     }
 
@@ -671,6 +717,9 @@ pub(crate) fn samples() -> Vec<Message> {
             items: vec![Stands::Same, newer, Stands::Gone, Stands::NotMine, Stands::InStore],
         }),
         Message::Ear(Ear { key: key.clone(), stimulus: id.clone(), listens: false, left: true }),
+        Message::Hark(Hark { call: 8, within_ms: 700, key: key.clone(), stimuli: vec![id.clone()] }),
+        Message::Heard(Heard { call: 8, key: key.clone(), wanted: vec![id.clone()] }),
+        Message::Kept(Kept { key: key.clone(), stimulus: id.clone() }),
         Message::Events(Events {
             key,
             draft: Some(Draft { stimulus: id.clone(), tokens: vec!["Hel".into(), "lo".into()] }),

@@ -33,6 +33,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 pub(super) enum Failure {
     Engine(cognition::Error),
     Panicked,
+    /// Nobody waits for it: the engine was not asked.
+    Unheard,
 }
 
 impl InstanceActor {
@@ -60,9 +62,8 @@ impl InstanceActor {
     ) {
         let mind = self.mind().clone();
         let slow = mind.engine.pace(&mind.profile) == Pace::Slow;
-        if slow && self.is_unheard(std::iter::once(&waiting).chain(&others)) {
-            return self.cancel(waiting, others, actions, ctx);
-        }
+        let in_hand = || std::iter::once(&waiting).chain(&others);
+        let wanted = (slow && self.is_unheard(in_hand())).then(|| self.wanted_elsewhere(in_hand()));
         let stimulus = match others.as_slice() {
             [] => waiting.stimulus.clone(),
             others => Arc::new(attention::listed(&waiting.stimulus, others.iter().map(|other| &*other.stimulus))),
@@ -87,12 +88,21 @@ impl InstanceActor {
             bounds: bounds(&environment, &mind.profile.limits),
         };
         self.kept.state = State::Open(state);
-        if slow {
-            environment.hub.begin_draft(&self.key, &waiting.stimulus.id, course::spoken(&waiting.steps));
-        }
+        let draft = slow.then(|| (self.key.clone(), waiting.stimulus.id.clone(), course::spoken(&waiting.steps)));
         let talk = mind.attention.map(|_| self.kept.past.as_ref().map_or_else(Vec::new, |past| past.talk.turns()));
         let last = (self.kept.head.turn, talk);
-        let asked = ask(environment, mind, question, last, slow.then(|| ctx.address()));
+        let address = slow.then(|| ctx.address());
+        let asked = async move {
+            if let Some(wanted) = wanted
+                && !wanted.await
+            {
+                return Err(Failure::Unheard);
+            }
+            if let Some((key, stimulus, spoken)) = draft {
+                environment.hub.begin_draft(&key, &stimulus, spoken);
+            }
+            ask(environment, mind, question, last, address).await
+        };
         let handle = ctx.spawn(asked.into_actor(self).map(|answer, actor, ctx| {
             if let Some(thinking) = &mut actor.agenda().thinking {
                 thinking.answer = Some(answer);
@@ -129,6 +139,11 @@ impl InstanceActor {
                 let waiting = self.part(waiting, others, !retryable);
                 self.try_again(waiting, cause, tries, retryable || !shared, ctx);
             }
+            Some(Err(Failure::Unheard)) if self.is_unheard(std::iter::once(&waiting).chain(&others)) => {
+                self.cancel(waiting, others, actions, ctx);
+            }
+            // Somebody came while other nodes were asked.
+            Some(Err(Failure::Unheard)) => self.ask(waiting, others, actions, ctx),
             Some(Err(Failure::Panicked)) | None => {
                 if slow {
                     self.environment.hub.end_draft(&self.key);

@@ -11,6 +11,7 @@ use std::{
 };
 
 use actix::prelude::*;
+use futures_util::future::BoxFuture;
 
 use super::{InstanceActor, State, Thinking};
 use crate::{
@@ -24,21 +25,41 @@ use crate::{
 
 /// How often somebody looks whether anybody still waits.
 const LOOK: Duration = Duration::from_millis(250);
+/// How soon other nodes are asked again when one of them may have somebody who waits.
+const AGAIN: Duration = Duration::from_secs(1);
 /// What a turn says of itself that was given up.
 const CANCELLED: &str = "cancelled: whoever sent this left before the answer, and nobody else waits for it";
 
 impl InstanceActor {
     /// Looks now and then whether anybody still waits for the thought in hand, for as long as it is.
     pub(super) fn heed(&self, ctx: &mut Context<Self>) {
-        let thinking = self.agenda.as_ref().and_then(|agenda| agenda.thinking.as_ref());
-        let (Some(_), Some(thinking)) = (self.patience(), thinking.filter(|thinking| thinking.slow)) else { return };
-        let handle = thinking.handle;
-        ctx.run_later(LOOK, move |actor, ctx| {
-            let thinking = actor.agenda.as_ref().and_then(|agenda| agenda.thinking.as_ref());
-            if thinking.is_some_and(|thinking| thinking.handle == handle) && !actor.give_up(ctx) {
-                actor.heed(ctx);
+        let thinking = self.thinking().filter(|thinking| thinking.slow);
+        if let (Some(_), Some(thinking)) = (self.patience(), thinking) {
+            Self::look_in(LOOK, thinking.handle, ctx);
+        }
+    }
+
+    /// Looks after a while whether anybody waits for a thought, and again if it goes on.
+    fn look_in(after: Duration, handle: SpawnHandle, ctx: &mut Context<Self>) {
+        ctx.run_later(after, move |actor, ctx| {
+            let Some(thinking) = actor.thinking().filter(|thinking| thinking.handle == handle) else { return };
+            if !actor.may_give_up(thinking) {
+                return Self::look_in(LOOK, handle, ctx);
             }
+            let wanted = actor.wanted_elsewhere(thinking.in_hand());
+            ctx.spawn(wanted.into_actor(actor).map(move |wanted, actor, ctx| {
+                if actor.thinking().is_none_or(|thinking| thinking.handle != handle) {
+                    return;
+                }
+                if wanted || !actor.give_up(ctx) {
+                    Self::look_in(if wanted { AGAIN } else { LOOK }, handle, ctx);
+                }
+            }));
         });
+    }
+
+    fn thinking(&self) -> Option<&Thinking> {
+        self.agenda.as_ref().and_then(|agenda| agenda.thinking.as_ref())
     }
 
     /// How long a thought goes on that nobody waits for; none when it goes on to its end.
@@ -47,7 +68,7 @@ impl InstanceActor {
         seconds.map(|seconds| Duration::from_secs(seconds.into()))
     }
 
-    /// Whether nobody has waited for any of these for longer than the profile lets them be thought about.
+    /// Whether nobody has waited for any of these for longer than the profile lets them be thought about, as far as is known here.
     pub(super) fn is_unheard<'w>(&self, mut waiting: impl Iterator<Item = &'w Waiting>) -> bool {
         let Some(patience) = self.patience() else { return false };
         let now = Instant::now();
@@ -59,13 +80,23 @@ impl InstanceActor {
         })
     }
 
-    /// Ends the thought in hand when nobody waits for it; whether it did.
+    /// Whether somebody at another node may wait for one of these.
+    pub(super) fn wanted_elsewhere<'w>(&self, waiting: impl Iterator<Item = &'w Waiting>) -> BoxFuture<'static, bool> {
+        self.environment.ears.wanted_elsewhere(&self.key, waiting.map(|waiting| waiting.stimulus.id.clone()).collect())
+    }
+
+    /// Whether a thought can be ended where it is, and nobody is known to wait for it.
+    fn may_give_up(&self, thinking: &Thinking) -> bool {
+        let is_between = thinking.answer.is_none()
+            && thinking.journaling.is_none()
+            && !course::is_at_work(&thinking.waiting.steps)
+            && self.agenda.as_ref().is_some_and(|agenda| agenda.out.is_none());
+        is_between && self.is_unheard(thinking.in_hand())
+    }
+
+    /// Ends the thought in hand when nobody waits for it; whether it did. Other nodes were asked.
     fn give_up(&mut self, ctx: &mut Context<Self>) -> bool {
-        let Some(agenda) = self.agenda.as_ref().filter(|agenda| agenda.out.is_none()) else { return false };
-        let is_between =
-            |t: &&Thinking| t.answer.is_none() && t.journaling.is_none() && !course::is_at_work(&t.waiting.steps);
-        let Some(thinking) = agenda.thinking.as_ref().filter(is_between) else { return false };
-        if !self.is_unheard(thinking.in_hand()) {
+        if !self.thinking().is_some_and(|thinking| self.may_give_up(thinking)) {
             return false;
         }
         let Some(Thinking { waiting, others, actions, handle, .. }) = self.agenda().thinking.take() else {
