@@ -2,16 +2,26 @@
 //! (promise 1).
 
 use futures_util::future::join_all;
-use serde_json::json;
+use serde_json::{Value, json};
 
+use crate::steps::outside::{Outside, Point, Said, Stop};
 use crate::support::{
     Answer, Node, PATIENCE,
     http::{blockable, echo},
     wait_until,
 };
 
-/// Longer than anything a test does while an instance is blocked.
-const BLOCKED_MS: u64 = 4_000;
+/// A model that answers when it is let.
+async fn held_model() -> Outside {
+    let outside = Outside::start(|_, _| Said::Answer("done", vec![])).await;
+    outside.stop(Stop::Before(Point::Model(0)));
+    outside
+}
+
+/// An instance whose thoughts about "block" take as long as the model is held.
+fn held() -> Value {
+    json!({"engine": "llm", "reflexes": blockable(0)["reflexes"]})
+}
 
 /// A refusal that may be repeated says when.
 #[track_caller]
@@ -25,9 +35,12 @@ fn assert_retryable(answer: &Answer, status: u16, code: &str) {
 #[tokio::test]
 async fn a_full_inbox_is_refused_and_others_are_served() {
     const LIMIT: usize = 5;
-    let node = Node::builder().config(&format!("[instances]\nmax_inbox = {LIMIT}")).start().await;
+    let outside = held_model().await;
+    let config = format!("{}[instances]\nmax_inbox = {LIMIT}\n", outside.config());
+    let node = Node::builder().config(&config).start().await;
     let http = node.client();
-    http.put_instance("busy", &blockable(BLOCKED_MS)).await;
+    http.put_instance("busy", &held()).await;
+    http.put_instance("calm", &echo()).await;
     http.drop_in("busy", &json!({"id": "block", "content": "block"})).await.expect(202);
     http.until_status("block", "thinking").await;
     let mut accepted = Vec::new();
@@ -48,6 +61,7 @@ async fn a_full_inbox_is_refused_and_others_are_served() {
         http.say("calm", &format!("s{n}"), "hello").await.expect(200);
     }
     assert_ne!(http.stimulus("block").await.expect(200)["status"], "decided", "it was busy all the while");
+    outside.go();
 
     // What was accepted is decided, what was refused is not, and there is room again.
     http.until_decided("busy", 1 + accepted.len()).await;
@@ -60,9 +74,10 @@ async fn a_full_inbox_is_refused_and_others_are_served() {
 
 #[tokio::test]
 async fn a_profile_may_have_its_own_inbox_limit() {
-    let node = Node::start().await;
+    let outside = held_model().await;
+    let node = Node::builder().config(&outside.config()).start().await;
     let http = node.client();
-    let mut profile = blockable(BLOCKED_MS);
+    let mut profile = held();
     profile["limits"] = json!({"max_inbox": 2});
     http.put_instance("busy", &profile).await;
     http.drop_in("busy", &json!({"id": "block", "content": "block"})).await.expect(202);

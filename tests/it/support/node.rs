@@ -268,7 +268,7 @@ impl Node {
         let truth = self.builder.truth();
         let mut arguments = Vec::new();
         if truth != Truth::Sqlite {
-            arguments = database(&postgres::database_of(&self.data_dir()));
+            arguments = database(&postgres::database_of(&self.data_dir()), truth);
         }
         arguments.extend(self.cluster.iter().flat_map(|cluster| cluster.arguments(process)));
         let child = Command::new(self.builder.program.clone().unwrap_or_else(program))
