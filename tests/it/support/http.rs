@@ -273,10 +273,18 @@ impl Http {
         self.turns(instance).await.iter().map(content).collect()
     }
 
-    /// Waits until an instance has at least `count` turns, and returns the contents they decided.
+    /// Waits until an instance has at least `count` turns, and returns the contents they decided. As long as it gets on it may take
+    /// its time.
     pub async fn until_decided(&self, instance: &str, count: usize) -> Vec<String> {
-        let what = format!("{count} turns of {instance}");
-        wait_for(&what, PATIENCE, async || Some(self.decided(instance).await).filter(|all| all.len() >= count)).await
+        let mut all = self.decided(instance).await;
+        while all.len() < count {
+            let so_far = all.len();
+            let what = format!("more than {so_far} of {count} turns of {instance}");
+            all =
+                wait_for(&what, PATIENCE, async || Some(self.decided(instance).await).filter(|all| all.len() > so_far))
+                    .await;
+        }
+        all
     }
 }
 
