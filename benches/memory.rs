@@ -4,7 +4,8 @@
 //! store in a temporary folder, batches of 1,000, each with a text and an embedding of 256 numbers, all from one seed.
 //! Embeddings lie around 2,000 topics with as much spread as keeps neighbours apart; questions are new points around the same
 //! topics. "exact" is the order by full-precision dot products over all episodes. Then the same questions are asked again, for
-//! what the cache saves: the answer is held, and the store is asked whether the memory changed. Figures: `docs/performance.md`.
+//! what the cache saves: the answer is held, and the store is asked whether the memory changed. At last the memory is kept in parts
+//! and with its index, and begun by one that is cold: with the parts alone, and with both. Figures: `docs/performance.md`.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs, clippy::cast_precision_loss)]
 
 use std::{
@@ -17,7 +18,7 @@ use sophont::{
     memory::{Ask, Known, Memory},
     runtime::clock::Clock,
     scaling::cache::{Options, TieredCache},
-    store::{Done, Fence, Head, Store, Unit, Work, Writer as _, sqlite::SqliteStore},
+    store::{Done, Fence, Head, Keep, Piece, Store, Unit, Work, Writer as _, sqlite::SqliteStore},
     types::{
         Channel, EpisodeId, InstanceId, InstanceKey, Outcome, RawJson, Source, StateChange, Stimulus, TenantId,
         TurnRecord,
@@ -108,6 +109,14 @@ fn writing(turn: u64, episodes: Vec<Written>) -> TurnRecord {
     }
 }
 
+/// A memory that knows nothing yet.
+fn memory(store: &Arc<SqliteStore>) -> Memory {
+    let mut settings = config::Config::default().memory;
+    settings.cache_mb = 4096;
+    let cache = TieredCache::new(Options::default());
+    Memory::new(&settings, store.clone() as Arc<dyn Store>, Clock::System, &cache).unwrap()
+}
+
 struct Subject {
     store: Arc<SqliteStore>,
     memory: Memory,
@@ -124,10 +133,8 @@ impl Subject {
         let folder = tempfile::tempdir().unwrap();
         let mut settings = config::Config::default();
         settings.store.durability = config::Durability::Off;
-        settings.memory.cache_mb = 4096;
         let store = SqliteStore::open(folder.path(), &settings.store, Clock::System).unwrap();
-        let cache = TieredCache::new(Options::default());
-        let memory = Memory::new(&settings.memory, store.clone() as Arc<dyn Store>, Clock::System, &cache).unwrap();
+        let memory = memory(&store);
         let key = InstanceKey::new(TenantId::new("t").unwrap(), InstanceId::new("i").unwrap());
         let mut dice = Dice(20_261_121);
         let topics: Vec<Vec<f32>> = (0..TOPICS).map(|_| (0..DIMENSION).map(|_| dice.normal()).collect()).collect();
@@ -218,7 +225,37 @@ async fn measure(count: usize) {
     row("text and vector", count, hybrid, None);
     row("text and vector, one tag of a hundred", count, filtered, None);
     again(&mut subject, count).await;
-    subject.store.close();
+    cold(subject, count).await;
+}
+
+/// The first question to a memory that knows nothing: with parts, and with the index too.
+async fn cold(subject: Subject, count: usize) {
+    let question = unit(&vec![1.0; DIMENSION]);
+    let ask = Ask { embedding: Vector::of(&question), limit: TOP, ..Ask::default() };
+    let told = subject.ask(ask.clone()).await.1;
+    let (began, used) = (Instant::now(), cpu());
+    subject.memory.checkpoint(&subject.key, true).await.unwrap();
+    let (took, used) = (began.elapsed().as_secs_f64(), (cpu() - used).as_secs_f64());
+    println!("| episodes | cold, with | answered in s | CPU s |\n|---|---|---|---|");
+    println!("| {count} | (keeping both) | {took:.2} | {used:.2} |");
+    let Subject { store, key, memory: warm, .. } = subject;
+    drop(warm);
+    let index = store.index(&key).await.unwrap();
+    for (with, rec) in [("parts", None), ("parts and index", index)] {
+        let life = store.spans(&key).await.unwrap().life;
+        let seen = rec.as_ref().map_or(u64::MAX, |index| index.upto);
+        let piece = Piece::Index(rec.map(|index| index.rec).unwrap_or_default());
+        let (done, end) = Done::channel();
+        store.keep(Keep { key: key.clone(), life, seen, piece }, done);
+        end.await.unwrap().unwrap();
+        let cold = memory(&store);
+        let (began, used) = (Instant::now(), cpu());
+        let found = cold.search(&key, ask.clone()).await.unwrap();
+        let (took, used) = (began.elapsed().as_secs_f64(), (cpu() - used).as_secs_f64());
+        let ids: Vec<u64> = found.episodes.iter().map(|found| found.episode.id).collect();
+        println!("| {count} | {with} | {took:.2} | {used:.2} | {}", if ids == told { "" } else { "other answer" });
+    }
+    store.close();
 }
 
 /// Each question once, and once more.

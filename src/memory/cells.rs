@@ -3,8 +3,9 @@
 //!
 //! Built from a sample, so building takes time in the order of the vectors. Centres are found in two levels, and found again
 //! through a second level of centres. The rows stand in the order of their cells (`vector`), so a cell is a range of rows; what comes later stands
-//! behind them until the index is made anew.
+//! behind them until the index is made anew. A [`Plan`] is what is kept of one: the centres, and which slot stands where (`index`).
 //!
+//! Invariant: a centre is the mean of vectors that stand in its cell, and of none that was taken out.
 //! Pure and deterministic. Tests: at the foot; recall and times in `docs/performance.md`.
 
 use std::ops::Range;
@@ -21,6 +22,9 @@ const ROUNDS: usize = 6;
 /// Outer centres whose cells are looked at to place a vector.
 const OUTER: usize = 4;
 
+/// The cell of a slot that is in none.
+pub(crate) const NOWHERE: u16 = u16::MAX;
+
 /// Centres, as their coarse planes.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Centres {
@@ -30,6 +34,23 @@ pub(crate) struct Centres {
 }
 
 impl Centres {
+    /// Of their planes, one after the other; nothing when these do not fit together.
+    pub(crate) fn of(dimension: usize, scales: Vec<f32>, high: Vec<i8>) -> Option<Self> {
+        let fits = scales.len().checked_mul(dimension) == Some(high.len()) && (1..=CENTRES).contains(&scales.len());
+        let sound = scales.iter().all(|scale| scale.is_finite() && *scale >= 0.0);
+        (dimension > 0 && fits && sound).then_some(Self { dimension, scales, high })
+    }
+
+    /// How many numbers each has.
+    pub(crate) const fn dimension(&self) -> usize {
+        self.dimension
+    }
+
+    /// What a step of each is worth, and the steps.
+    pub(crate) fn planes(&self) -> (&[f32], &[i8]) {
+        (&self.scales, &self.high)
+    }
+
     fn push(&mut self, centre: &Vector) {
         self.scales.push(centre.scale);
         self.high.extend_from_slice(&centre.high);
@@ -48,8 +69,52 @@ impl Centres {
         nearest(Coarse { scale: 1.0, high }, all).map_or(0, |(at, _)| at)
     }
 
-    fn len(&self) -> usize {
+    /// How many.
+    pub(crate) fn len(&self) -> usize {
         self.scales.len()
+    }
+}
+
+/// What is kept of an index.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Plan {
+    pub centres: Centres,
+    /// How many rows there were when the centres were found.
+    pub found: usize,
+    /// Of each slot the cell it stands in, or [`NOWHERE`].
+    pub places: Vec<u16>,
+}
+
+impl Plan {
+    /// How many slots stand in cells.
+    pub(crate) fn len(&self) -> usize {
+        self.places.iter().filter(|cell| **cell != NOWHERE).count()
+    }
+}
+
+/// Slots that are still to come into the cells of a plan.
+#[derive(Debug)]
+pub(crate) struct Awaited {
+    places: Vec<u16>,
+    /// The next row of each cell.
+    next: Vec<u32>,
+    missing: usize,
+}
+
+impl Awaited {
+    /// The row of a slot that came now.
+    pub(crate) fn row(&mut self, slot: u32) -> Option<usize> {
+        let place = self.places.get_mut(slot as usize).filter(|cell| **cell != NOWHERE)?;
+        let next = self.next.get_mut(usize::from(std::mem::replace(place, NOWHERE)))?;
+        let row = *next as usize;
+        *next += 1;
+        self.missing -= 1;
+        Some(row)
+    }
+
+    /// How many did not come yet.
+    pub(crate) const fn missing(&self) -> usize {
+        self.missing
     }
 }
 
@@ -86,6 +151,72 @@ impl Cells {
         let row = |at: usize| &tail[at * dimension..(at + 1) * dimension];
         places.append(&mut Finder::of(&self.centres).places(tail.len() / dimension.max(1), row));
         (Self { centres: self.centres.clone(), found: self.found, ends: Vec::new() }, places)
+    }
+
+    /// As planned, and the slots that are to come into the cells.
+    pub(crate) fn planned(plan: Plan) -> (Self, Awaited) {
+        let mut counts = vec![0u32; plan.centres.len()];
+        for cell in plan.places.iter().filter(|cell| **cell != NOWHERE) {
+            counts[usize::from(*cell).min(plan.centres.len() - 1)] += 1;
+        }
+        let mut missing = 0;
+        let runs = counts.iter().map(|count| {
+            let start = missing;
+            missing += count;
+            (start, missing)
+        });
+        let (next, ends) = runs.unzip();
+        let awaited = Awaited { places: plan.places, next, missing: missing as usize };
+        (Self { centres: plan.centres, found: plan.found, ends }, awaited)
+    }
+
+    /// What is to be kept of it; nothing where all vectors were taken out before it was made. Rows of no weight were taken out.
+    #[allow(clippy::cast_possible_truncation)] // there are fewer cells
+    pub(crate) fn plan(&self, slots: &[u32], scales: &[f32]) -> Option<Plan> {
+        let known = slots.iter().zip(scales).filter(|(_, scale)| **scale > 0.0);
+        let mut places = vec![NOWHERE; known.map(|(slot, _)| *slot as usize + 1).max().unwrap_or(0)];
+        for cell in 0..self.centres.len() {
+            for row in self.rows(cell).filter(|row| scales[*row] > 0.0) {
+                places[slots[row] as usize] = cell as u16;
+            }
+        }
+        (self.centres.len() > 0).then(|| Plan { centres: self.centres.clone(), found: self.found, places })
+    }
+
+    /// The rows of a cell.
+    fn rows(&self, cell: usize) -> Range<usize> {
+        let start = cell.checked_sub(1).map_or(0, |before| self.ends[before] as usize);
+        start..self.ends[cell] as usize
+    }
+
+    /// Finds the centres of all cells again among what stands in them.
+    pub(crate) fn centre(&mut self, high: &[i8]) {
+        (0..self.centres.len()).for_each(|cell| self.recentre(cell, high));
+    }
+
+    /// Finds the centres again of the cells in which these rows stood, that are zeros now: nothing of them is to shine through.
+    pub(crate) fn forget(&mut self, rows: &[usize], high: &[i8]) {
+        let cell = |row: &usize| self.ends.partition_point(|end| *end as usize <= *row);
+        let mut cells: Vec<usize> = rows.iter().map(cell).filter(|cell| *cell < self.centres.len()).collect();
+        cells.sort_unstable();
+        cells.dedup();
+        cells.into_iter().for_each(|cell| self.recentre(cell, high));
+    }
+
+    #[allow(clippy::cast_precision_loss)] // sums of bytes
+    fn recentre(&mut self, cell: usize, high: &[i8]) {
+        let (dimension, rows) = (self.centres.dimension, self.rows(cell));
+        let mut sum = vec![0i32; dimension];
+        for row in high[rows.start * dimension..rows.end * dimension].chunks_exact(dimension) {
+            sum.iter_mut().zip(row).for_each(|(sum, n)| *sum += i32::from(*n));
+        }
+        let mean = Vector::of(&sum.iter().map(|n| *n as f32).collect::<Vec<_>>());
+        let plane = &mut self.centres.high[cell * dimension..(cell + 1) * dimension];
+        match &mean {
+            Some(mean) => plane.copy_from_slice(&mean.high),
+            None => plane.fill(0),
+        }
+        self.centres.scales[cell] = mean.map_or(0.0, |mean| mean.scale);
     }
 
     /// How many rows there were when the centres were found.
@@ -133,10 +264,9 @@ impl Cells {
             if scanned >= budget {
                 return None;
             }
-            let start = at.checked_sub(1).map_or(0, |before| self.ends[before] as usize);
-            let end = *self.ends.get(at)? as usize;
-            scanned += end - start;
-            Some(start..end)
+            let rows = self.rows(at);
+            scanned += rows.len();
+            Some(rows)
         })
     }
 }

@@ -3,15 +3,19 @@
 //!
 //! Parts cover runs of turns and are made from the log, off the path of turns and questions, when enough came since the last one.
 //! Any node may make them: they follow from the log alone. What is forgotten takes the parts it stands in along, in the
-//! commit of the turn that forgets, and the store leaves out a part that was read before that. Tests: `tests/it/memory_contract.rs`.
+//! commit of the turn that forgets, and the store leaves out a part that was read before that.
+//!
+//! The index over the vectors is kept whole, by a node that has the shelf, whenever it was made anew or went with something that
+//! was forgotten. Tests: `tests/it/memory_checkpoint.rs`.
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{Error, Memory, digest::Digest, part};
+use super::{Error, Memory, digest::Digest, index, part, shelves::Shared};
 use crate::{
-    store::{Done, Keep, Part, Rejection, Spans},
+    store::{Done, Keep, Part, Piece, Rejection, Spans},
+    telemetry::metric,
     types::{InstanceKey, TurnRecord},
 };
 
@@ -35,7 +39,7 @@ pub struct Checkpoint {
 
 impl Memory {
     /// Brings the parts of an instance up to its log; with `all` also where that is little. A part that is missing between others
-    /// is made again.
+    /// is made again. The index is kept where that of the store is behind; without `all`, only of a shelf that is held anyway.
     ///
     /// # Errors
     /// [`Error::NotFound`], [`Error::Store`].
@@ -49,6 +53,10 @@ impl Memory {
             at = at.max(*upto);
         }
         written += self.fill(key, known.life, at, None, all).await?;
+        let shelf = if all { Some(self.current(key).await?) } else { self.shelves.held(key) };
+        if let Some(shelf) = shelf {
+            self.keep_index(key, known.life, &shelf).await?;
+        }
         let now = self.spans(key).await?;
         let upto = now.spans.iter().map(|(_, upto)| *upto).max().unwrap_or(0);
         Ok(Checkpoint { written, parts: now.spans.len(), upto })
@@ -112,14 +120,43 @@ impl Memory {
             part::encode(&digests, lexical)
         });
         let Ok(Some(rec)) = made.await else { return Ok(()) };
-        let part = Part { after, upto, rec: Bytes::from(rec) };
+        let piece = Piece::Part(Part { after, upto, rec: Bytes::from(rec) });
+        self.keep_piece(Keep { key: key.clone(), life, seen, piece }).await?;
+        metrics::counter!(metric::MEMORY_PARTS, "result" => "written").increment(1);
+        Ok(())
+    }
+
+    /// Keeps the index of a shelf, unless the store has one that knows as much.
+    async fn keep_index(&self, key: &InstanceKey, life: i64, shared: &Shared) -> Result<(), Error> {
+        let stored = self.spans(key).await?.index;
+        let mut shelf = Arc::clone(shared).write_owned().await;
+        if shelf.life != life || !shelf.is_unkept() {
+            return Ok(());
+        }
+        let seen = shelf.turn;
+        // Another node may have kept one since; one that did not fit here is none.
+        if shelf.kept.is_some() && stored.is_some_and(|upto| upto >= seen) {
+            shelf.kept = stored;
+            return Ok(());
+        }
+        let shelf = shelf.downgrade();
+        let made = tokio::task::spawn_blocking(move || index::encode(&shelf.plans()?));
+        let Ok(Some(rec)) = made.await else { return Ok(()) };
+        let piece = Piece::Index(Bytes::from(rec));
+        self.keep_piece(Keep { key: key.clone(), life, seen, piece }).await?;
+        metrics::counter!(metric::MEMORY_INDEXES, "result" => "written").increment(1);
+        let mut shelf = shared.write().await;
+        if shelf.life == life {
+            shelf.kept = shelf.kept.max(Some(seen));
+        }
+        Ok(())
+    }
+
+    async fn keep_piece(&self, keep: Keep) -> Result<(), Error> {
         let (done, end) = Done::channel();
-        self.store.keep(Keep { key: key.clone(), life, seen, part }, done);
+        self.store.keep(keep, done);
         match end.await {
-            Ok(Ok(_)) => {
-                metrics::counter!(crate::telemetry::metric::MEMORY_PARTS, "result" => "written").increment(1);
-                Ok(())
-            }
+            Ok(Ok(_)) => Ok(()),
             Ok(Err(Rejection::Failed(error))) => Err(error.into()),
             Ok(Err(_)) | Err(_) => Err(crate::store::Error::Closed.into()),
         }

@@ -94,17 +94,19 @@ pub(crate) struct Planes<'a> {
     pub planes: Cow<'a, [u8]>,
 }
 
-mod bytes {
+pub(super) mod bytes {
     use std::borrow::Cow;
 
     use serde::{Deserialize, Deserializer, Serializer};
 
     #[allow(clippy::ptr_arg)] // what serde hands over
-    pub(super) fn serialize<S: Serializer>(bytes: &Cow<'_, [u8]>, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(in super::super) fn serialize<S: Serializer>(bytes: &Cow<'_, [u8]>, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_bytes(bytes)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Cow<'de, [u8]>, D::Error> {
+    pub(in super::super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Cow<'de, [u8]>, D::Error> {
         <&'de [u8]>::deserialize(deserializer).map(Cow::Borrowed)
     }
 }
@@ -121,9 +123,14 @@ impl Planes<'_> {
     }
 
     /// The bytes as numbers.
-    pub(crate) fn numbers(&self) -> Vec<i8> {
-        self.planes.iter().map(|n| n.cast_signed()).collect()
+    pub(crate) fn numbers(&self) -> &[i8] {
+        numbers(&self.planes)
     }
+}
+
+/// Bytes as numbers, without copying them.
+pub(super) fn numbers(bytes: &[u8]) -> &[i8] {
+    pulp::bytemuck::cast_slice(bytes)
 }
 
 impl<'a> Digest<'a> {

@@ -11,7 +11,7 @@
 //! | `again` | what was asked before |
 //! | `shelf`, `shelves` | the episodes of one instance; those of the node, within bounds |
 //! | `digest` | what a turn amounts to for a shelf |
-//! | `checkpoint`, `part` | digests kept in the store; their form |
+//! | `checkpoint`, `part`, `index` | digests and the index kept in the store; their forms |
 //! | `fuse` | rankings made one |
 //! | `vector`, `cells` | vectors scanned; an index over many |
 //! | `lexical` | the built-in embedder |
@@ -39,6 +39,7 @@ mod digest;
 mod endpoint;
 mod fuse;
 mod gather;
+mod index;
 mod lexical;
 #[cfg(feature = "static-embeddings")]
 mod model;

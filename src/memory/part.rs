@@ -17,10 +17,23 @@ pub(crate) struct Damaged;
 
 /// The bytes of digests.
 pub(crate) fn encode(digests: &[Digest<'_>], lexical: bool) -> Option<Vec<u8>> {
-    let mut bytes = postcard::to_extend(digests, vec![VERSION, u8::from(lexical)]).ok()?;
+    Some(seal(postcard::to_extend(digests, vec![VERSION, u8::from(lexical)]).ok()?))
+}
+
+/// With their sum behind them.
+pub(super) fn seal(mut bytes: Vec<u8>) -> Vec<u8> {
     let sum = blake3::hash(&bytes);
     bytes.extend_from_slice(&sum.as_bytes()[..SUM]);
-    Some(bytes)
+    bytes
+}
+
+/// What was sealed.
+///
+/// # Errors
+/// [`Damaged`].
+pub(super) fn sealed(bytes: &[u8]) -> Result<&[u8], Damaged> {
+    let (told, sum) = bytes.split_at_checked(bytes.len().saturating_sub(SUM)).ok_or(Damaged)?;
+    if blake3::hash(told).as_bytes()[..SUM] == *sum { Ok(told) } else { Err(Damaged) }
 }
 
 /// The digests, in the order of their turns.
@@ -28,9 +41,8 @@ pub(crate) fn encode(digests: &[Digest<'_>], lexical: bool) -> Option<Vec<u8>> {
 /// # Errors
 /// [`Damaged`], also when the built-in embedder was off when they were made and is on, or the other way round.
 pub(crate) fn decode(bytes: &[u8], lexical: bool) -> Result<Vec<Digest<'_>>, Damaged> {
-    let (told, sum) = bytes.split_at_checked(bytes.len().saturating_sub(SUM)).ok_or(Damaged)?;
-    let Some(([VERSION, embedder], digests)) = told.split_first_chunk::<2>() else { return Err(Damaged) };
-    if *embedder != u8::from(lexical) || blake3::hash(told).as_bytes()[..SUM] != *sum {
+    let Some(([VERSION, embedder], digests)) = sealed(bytes)?.split_first_chunk::<2>() else { return Err(Damaged) };
+    if *embedder != u8::from(lexical) {
         return Err(Damaged);
     }
     postcard::from_bytes(digests).map_err(|_| Damaged)

@@ -9,7 +9,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::AtomicU64,
 };
 
 use super::{
@@ -21,8 +21,12 @@ use crate::{
     types::{EpisodeId, Millis, RawJson, TurnRecord},
 };
 
+mod figures;
+mod kept;
 mod known;
 mod search;
+
+pub use figures::Figures;
 
 /// How many episodes before it a new one is compared with by its vector.
 const RECENT: usize = 64;
@@ -93,37 +97,6 @@ pub(crate) struct OtherDimension {
     pub given: usize,
 }
 
-/// Figures of a shelf.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Figures {
-    /// Episodes that are known now.
-    pub episodes: u64,
-    /// Of these, duplicates of another one that is known.
-    pub duplicates: u64,
-    /// Of these, without meaning.
-    pub junk: u64,
-    /// Superseded by others; only `as_of` finds them.
-    pub superseded: u64,
-    /// Forgotten; nothing of them is left but when.
-    pub forgotten: u64,
-    /// Of these, with a vector of the client's or of a model.
-    pub embedded: u64,
-    /// Numbers of such a vector.
-    pub dimension: Option<usize>,
-    /// When the oldest and the newest known ones were recorded.
-    pub oldest: Option<Millis>,
-    /// The newest.
-    pub newest: Option<Millis>,
-    /// Sum of the rewards, and how many have one.
-    pub rewards: (f64, u64),
-    /// Mean age of what was recalled since it is in memory, in seconds.
-    pub staleness: Option<f64>,
-    /// Bytes in memory, about.
-    pub bytes: usize,
-    /// Whether vectors are found through an index.
-    pub indexed: bool,
-}
-
 /// The shelf of one life of an instance.
 #[derive(Debug)]
 pub(crate) struct Shelf {
@@ -135,6 +108,10 @@ pub(crate) struct Shelf {
     pub read: usize,
     /// Whether it was complete once: what comes now is new.
     pub live: bool,
+    /// The last turn that the index in the store knows.
+    pub kept: Option<u64>,
+    /// The last turn after which the index was made anew, or that forgot something, which took that in the store along.
+    since: u64,
     limit: usize,
     notes: Vec<Note>,
     words: Map<u64, Vec<Posting>>,
@@ -174,6 +151,8 @@ impl Shelf {
             turn: 0,
             read: 0,
             live: false,
+            kept: None,
+            since: 0,
             limit,
             notes: Vec::new(),
             words: Map::default(),
@@ -210,13 +189,11 @@ impl Shelf {
         for (place, trace) in digest.traces.iter().enumerate() {
             kinds.extend(self.add(EpisodeId::new(digest.turn, place), trace.as_ref(), digest.at));
         }
-        self.lose(&digest.forgotten().collect::<Vec<_>>(), Millis(digest.at));
+        if !digest.forgot.is_empty() {
+            self.since = self.since.max(digest.turn);
+            self.lose(&digest.forgotten().collect::<Vec<_>>(), Millis(digest.at));
+        }
         kinds
-    }
-
-    /// Makes what is worth making when a run of turns was followed.
-    pub(crate) fn settle(&mut self) {
-        self.lexical.iter_mut().chain(&mut self.given).for_each(Matrix::settle);
     }
 
     fn add(&mut self, id: EpisodeId, trace: Option<&Trace<'_>>, at: i64) -> Option<Kind> {
@@ -298,7 +275,7 @@ impl Shelf {
             }
         }
         if let (Some(matrix), Some(planes)) = (&mut self.lexical, &trace.lexical) {
-            matrix.push(slot, planes.scale, &planes.numbers(), &[]);
+            matrix.push(slot, planes.scale, planes.numbers(), &[]);
         }
     }
 
@@ -314,7 +291,7 @@ impl Shelf {
 
     fn hold(&mut self, text: &super::digest::Text<'_>) -> Held {
         let data = text.data.and(u32::try_from(text.content.len()).ok());
-        let held: Box<str> = [text.content, text.data.unwrap_or_default()].concat().into();
+        let held: Box<str> = text.data.map_or_else(|| text.content.into(), |data| [text.content, data].concat().into());
         self.text_bytes += held.len();
         Held { text: held, data }
     }
@@ -374,17 +351,14 @@ impl Shelf {
         let given = trace.given.as_ref().filter(|given| dimension.is_none_or(|has| 2 * has == given.planes.len()));
         let vector = given.map(|planes| (planes, planes.planes.len() / 2));
         let vector = vector.or_else(|| trace.lexical.as_ref().map(|planes| (planes, planes.planes.len())));
-        let vector = vector.map(|(planes, dimension)| {
-            let mut numbers = planes.numbers();
-            numbers.truncate(dimension);
-            (planes.scale, numbers.into_boxed_slice())
-        });
+        let vector =
+            vector.map(|(planes, dimension)| (planes.scale, Box::<[i8]>::from(&planes.numbers()[..dimension])));
         let near = || {
             let (scale, high) = vector.as_ref()?;
-            let alike: Vec<_> = self.recent.iter().filter(|(_, _, other)| other.len() == high.len()).collect();
-            let others = alike.iter().map(|(_, scale, high)| Coarse { scale: *scale, high });
+            let alike = || self.recent.iter().filter(|(_, _, other)| other.len() == high.len());
+            let others = alike().map(|(_, scale, high)| Coarse { scale: *scale, high });
             let (at, cosine) = vector::nearest(Coarse { scale: *scale, high }, others)?;
-            (cosine >= SAME).then_some(alike.get(at)?.0)
+            if cosine >= SAME { Some(alike().nth(at)?.0) } else { None }
         };
         let like = first.or_else(near);
         let known = like.and_then(|like| self.notes.get(like as usize)).filter(|note| !note.forgotten);
@@ -402,16 +376,22 @@ impl Shelf {
     fn lose(&mut self, ids: &[EpisodeId], at: Millis) {
         let mut slots: Vec<u32> = ids.iter().filter_map(|id| self.slot(*id)).collect();
         slots.sort_unstable();
+        // Of one that was forgotten before it was met nothing else is here.
+        slots.retain(|slot| {
+            let note = &mut self.notes[*slot as usize];
+            if note.undated {
+                (note.gone_at, note.undated) = (at.0, false);
+            }
+            !note.forgotten
+        });
         if slots.is_empty() {
             return;
         }
         for slot in &slots {
             let note = &mut self.notes[*slot as usize];
-            if !note.forgotten || note.undated {
-                note.gone_at = at.0;
-            }
-            self.bare -= usize::from(!note.forgotten && !note.embedded && !note.repeat).min(self.bare);
-            (note.forgotten, note.undated) = (true, false);
+            note.gone_at = at.0;
+            self.bare -= usize::from(!note.embedded && !note.repeat).min(self.bare);
+            note.forgotten = true;
             note.tags = Box::default();
             note.reward = f32::NAN;
             note.occurred_at = note.recorded_at;
@@ -496,10 +476,6 @@ impl Shelf {
         })
     }
 
-    fn is_indexed(&self) -> bool {
-        self.lexical.iter().chain(&self.given).any(Matrix::is_indexed)
-    }
-
     /// The known episodes that `wanted` names, oldest first.
     pub(crate) fn pick(&self, wanted: impl Fn(&Standing) -> bool) -> Vec<EpisodeId> {
         let standing = |note: &Note| Standing {
@@ -510,49 +486,6 @@ impl Shelf {
             repeat: note.repeat,
         };
         self.notes.iter().filter(|note| !note.forgotten && wanted(&standing(note))).map(|note| note.id).collect()
-    }
-
-    /// The figures.
-    #[allow(clippy::cast_precision_loss)]
-    pub(crate) fn figures(&self) -> Figures {
-        let mut figures = Figures { bytes: self.bytes(), indexed: self.is_indexed(), ..Figures::default() };
-        for (slot, note) in self.notes.iter().enumerate() {
-            if note.repeat {
-                continue;
-            }
-            if note.forgotten {
-                figures.forgotten += 1;
-            } else if note.gone_at != NEVER {
-                figures.superseded += 1;
-            } else {
-                figures.episodes += 1;
-                figures.duplicates += u64::from(note.root as usize != slot);
-                figures.junk += u64::from(note.junk);
-                figures.embedded += u64::from(note.embedded);
-                let at = Millis(note.recorded_at);
-                figures.oldest = Some(figures.oldest.map_or(at, |oldest| oldest.min(at)));
-                figures.newest = Some(figures.newest.map_or(at, |newest| newest.max(at)));
-                if !note.reward.is_nan() {
-                    figures.rewards = (figures.rewards.0 + f64::from(note.reward), figures.rewards.1 + 1);
-                }
-            }
-        }
-        figures.dimension = self.dimension();
-        let (count, ages) = (self.recalled.0.load(Ordering::Relaxed), self.recalled.1.load(Ordering::Relaxed));
-        figures.staleness = (count > 0).then(|| ages as f64 / count as f64 / 1000.0);
-        figures
-    }
-
-    /// About how many bytes it holds.
-    pub(crate) fn bytes(&self) -> usize {
-        let notes = self.notes.capacity() * size_of::<Note>();
-        let words = self.words.len() * 48 + self.postings * 12;
-        let tags = self.tagged.iter().map(|(name, slots)| 96 + 2 * name.len() + 4 * slots.capacity()).sum::<usize>();
-        let texts = self.texts.capacity() * size_of::<Option<Held>>() + self.text_bytes;
-        let groups = self.groups.values().map(|group| 48 + 4 * group.capacity()).sum::<usize>();
-        let rest = self.lines.len() * 16 + self.same.len() * 24 + self.recent.len() * 600 + tags + texts + groups;
-        let matrices: usize = self.lexical.iter().chain(&self.given).map(Matrix::bytes).sum();
-        512 + notes + words + rest + matrices
     }
 }
 

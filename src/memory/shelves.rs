@@ -11,10 +11,10 @@ use std::{
 
 use tokio::sync::RwLock;
 
-use super::{Error, checkpoint, part, shelf::Shelf};
+use super::{Error, checkpoint, index, part, shelf::Shelf};
 use crate::{
     config,
-    store::{Done, Keep, Part, Remembered, Store},
+    store::{Done, Keep, Part, Piece, Remembered, Store},
     telemetry::metric,
     types::InstanceKey,
 };
@@ -54,6 +54,8 @@ pub(super) struct Shelves {
     kinds: [metrics::Counter; 3],
     /// Parts that were read, and that could not be.
     parts: [metrics::Counter; 2],
+    /// The same of indexes.
+    indexes: [metrics::Counter; 2],
     held: metrics::Gauge,
 }
 
@@ -67,6 +69,7 @@ impl Shelves {
             limit: config.exact_vectors,
             kinds: [kind("fresh"), kind("duplicate"), kind("junk")],
             parts: ["read", "damaged"].map(|result| metrics::counter!(metric::MEMORY_PARTS, "result" => result)),
+            indexes: ["read", "damaged"].map(|result| metrics::counter!(metric::MEMORY_INDEXES, "result" => result)),
             held: metrics::gauge!(metric::MEMORY_SHELF_BYTES),
         }
     }
@@ -89,7 +92,12 @@ impl Shelves {
         shelf
     }
 
-    /// The shelf of an instance as of now, and whether enough came from the log to be kept in parts.
+    /// The shelf of an instance if it is held.
+    pub(super) fn held(&self, key: &InstanceKey) -> Option<Shared> {
+        self.lock().entries.get(key).map(|entry| Arc::clone(&entry.shelf))
+    }
+
+    /// The shelf of an instance as of now, and whether there is something of it to be kept in the store.
     ///
     /// # Errors
     /// [`Error::NotFound`], [`Error::Store`].
@@ -126,15 +134,20 @@ impl Shelves {
         Ok((shared, false))
     }
 
-    /// Begins a shelf with the parts of it that are in the store, and what is between them in the log; whether there were any.
+    /// Begins a shelf with the index and the parts of it that are in the store, and what is between them in the log; whether there
+    /// were any parts.
     async fn open(&self, store: &dyn Store, key: &InstanceKey, shared: &Shared) -> Result<bool, Error> {
-        let (mut opened, mut bad) = (false, HashSet::new());
+        self.begin(store, key, shared).await?;
+        let (mut opened, mut bad, mut ahead) = (false, HashSet::new(), None);
         loop {
             let (life, turn) = {
                 let shelf = shared.read().await;
                 (shelf.life, shelf.turn)
             };
-            let found = store.parts(key, turn, PARTS).await?;
+            let found = match ahead.take() {
+                Some(found) => found,
+                None => store.parts(key, turn, PARTS).await?,
+            };
             let fits = found.life != 0 && (life == NO_LIFE || life == found.life);
             let Some(part) = found.parts.into_iter().find(|part| !bad.contains(&part.after)).filter(|_| fits) else {
                 return Ok(opened);
@@ -149,8 +162,10 @@ impl Shelves {
                 continue;
             }
             let (after, upto) = (part.after, part.upto);
-            if self.take(shared, found.life, part).await {
-                opened = true;
+            // While it is followed the next one is read.
+            let (taken, next) = tokio::join!(self.take(shared, found.life, part), store.parts(key, upto, PARTS));
+            if taken {
+                (opened, ahead) = (true, Some(next?));
                 self.parts[0].increment(1);
                 continue;
             }
@@ -159,10 +174,37 @@ impl Shelves {
             self.parts[1].increment(1);
             bad.insert(after);
             let (done, end) = Done::channel();
-            let part = Part { after, upto, rec: bytes::Bytes::new() };
-            store.keep(Keep { key: key.clone(), life: found.life, seen: u64::MAX, part }, done);
+            let piece = Piece::Part(Part { after, upto, rec: bytes::Bytes::new() });
+            store.keep(Keep { key: key.clone(), life: found.life, seen: u64::MAX, piece }, done);
             drop(end.await);
         }
+    }
+
+    /// Begins a shelf that knows nothing yet with the index in the store. One that is damaged is made anew from the vectors.
+    async fn begin(&self, store: &dyn Store, key: &InstanceKey, shared: &Shared) -> Result<(), Error> {
+        let Some(found) = store.index(key).await? else { return Ok(()) };
+        let (lexical, limit, life) = (self.lexical, self.limit, found.life);
+        let mut shelf = Arc::clone(shared).write_owned().await;
+        let begun = tokio::task::spawn_blocking(move || {
+            let Ok(plans) = index::decode(&found.rec) else { return false };
+            // Somebody else may have begun it meanwhile.
+            if shelf.life == NO_LIFE {
+                *shelf = Shelf::new(life, lexical, limit);
+                shelf.begin(plans, found.upto);
+            }
+            true
+        });
+        if begun.await.unwrap_or(false) {
+            self.indexes[0].increment(1);
+            return Ok(());
+        }
+        tracing::warn!(instance = %key, "the index of a memory is damaged or of another build, and is made anew");
+        self.indexes[1].increment(1);
+        let (done, end) = Done::channel();
+        let piece = Piece::Index(bytes::Bytes::new());
+        store.keep(Keep { key: key.clone(), life, seen: u64::MAX, piece }, done);
+        drop(end.await);
+        Ok(())
     }
 
     /// Follows the digests of a part; whether it could be read.
@@ -191,7 +233,7 @@ impl Shelves {
     }
 
     /// Makes what is worth making, once after a run of turns: an index that grows page by page would be made again and again.
-    /// How many bytes the shelf has then, and whether enough was read from the log to be kept in parts.
+    /// How many bytes the shelf has then, and whether enough was read from the log to be kept in parts, or the index is new.
     async fn settle(&self, shared: &Shared) -> (usize, bool) {
         let mut shelf = Arc::clone(shared).write_owned().await;
         let heavy = shelf.len() > MANY;
@@ -202,7 +244,7 @@ impl Shelves {
             if stale {
                 shelf.read = 0;
             }
-            (shelf.bytes(), stale)
+            (shelf.bytes(), stale || shelf.is_unkept())
         };
         if heavy { tokio::task::spawn_blocking(settle).await.unwrap_or_default() } else { settle() }
     }

@@ -4,19 +4,17 @@
 //! both planes, which makes the order exact for all purposes. Above [`Matrix::limit`] the rows are put in the order of the
 //! cells of an index (`cells`), and only the likely cells are scanned, and what came since.
 //!
-//! Pure. Tests: at the foot; recall and times in `docs/performance.md`.
+//! Pure. Tests: `vector/tests.rs`; recall and times in `docs/performance.md`.
 
 use pulp::Arch;
 
-use super::cells::Cells;
+use super::cells::{Awaited, Cells, Plan};
 use crate::types::memory::Vector;
 
 /// How many more than asked for are scored with both planes.
 const SPARE: usize = 4;
 /// Of this share of the vectors at least (one in so many) the nearest cells are scanned.
 const SHARE: usize = 16;
-/// And at least so many.
-const LEAST: usize = 20_000;
 /// More than this share of the rows (one in so many) that came after the index are put into its cells; twice as many rows get
 /// another index.
 const TAIL: usize = 16;
@@ -132,6 +130,8 @@ pub(crate) struct Matrix {
     /// By slot.
     rows: Vec<u32>,
     index: Option<Cells>,
+    /// Slots whose rows in the cells are still empty.
+    awaited: Option<Awaited>,
 }
 
 impl Matrix {
@@ -147,7 +147,32 @@ impl Matrix {
             low: Vec::new(),
             rows: Vec::new(),
             index: None,
+            awaited: None,
         }
+    }
+
+    /// With an index that was kept, whose vectors are to come. Has room for some more.
+    pub(crate) fn planned(plan: Plan, limit: usize, fine: bool) -> Self {
+        let dimension = plan.centres.dimension();
+        let rows = Vec::with_capacity(plan.places.len());
+        let (cells, awaited) = Cells::planned(plan);
+        let count = cells.len();
+        let room = count + count / TAIL;
+        // Pages that nothing was written to yet take no memory.
+        let plane = || {
+            let mut plane = vec![0; room * dimension];
+            plane.truncate(count * dimension);
+            plane
+        };
+        let (high, low) = (plane(), if fine { plane() } else { Vec::new() });
+        let (slots, scales) = (vec![NONE; count], vec![0.0; count]);
+        Self { dimension, limit, fine, slots, scales, high, low, rows, index: Some(cells), awaited: Some(awaited) }
+    }
+
+    /// What is to be kept of the index.
+    pub(crate) fn plan(&self) -> Option<Plan> {
+        let index = self.index.as_ref()?;
+        index.plan(&self.slots[..index.len()], &self.scales)
     }
 
     pub(crate) const fn dimension(&self) -> usize {
@@ -175,30 +200,65 @@ impl Matrix {
         if high.len() != self.dimension || (self.fine && low.len() != self.dimension) {
             return;
         }
-        #[allow(clippy::cast_possible_truncation)] // fewer rows than slots, and slots are 32 bits
-        let row = self.slots.len() as u32;
-        self.slots.push(slot);
-        self.scales.push(scale);
-        self.high.extend_from_slice(high);
-        if self.fine {
-            self.low.extend_from_slice(low);
+        let awaited = self.awaited.as_mut().and_then(|awaited| awaited.row(slot));
+        let row = awaited.unwrap_or(self.slots.len());
+        if awaited.is_some() {
+            (self.slots[row], self.scales[row]) = (slot, scale);
+            let at = row * self.dimension..(row + 1) * self.dimension;
+            self.high[at.clone()].copy_from_slice(high);
+            if self.fine {
+                self.low[at].copy_from_slice(low);
+            }
+        } else {
+            self.slots.push(slot);
+            self.scales.push(scale);
+            self.high.extend_from_slice(high);
+            if self.fine {
+                self.low.extend_from_slice(low);
+            }
         }
         let slot = slot as usize;
         if self.rows.len() <= slot {
             self.rows.resize(slot + 1, NONE);
         }
+        #[allow(clippy::cast_possible_truncation)] // fewer rows than slots, and slots are 32 bits
+        let row = row as u32;
         self.rows[slot] = row;
     }
 
-    /// Makes the index when there are enough vectors for it, or many came since it was made. Takes seconds for a million.
-    pub(crate) fn settle(&mut self) {
-        let found = match &self.index {
-            None if self.len() <= self.limit => return,
-            Some(cells) if self.len() - cells.len() <= (self.len() / TAIL).max(LEAST / 2) => return,
-            Some(cells) if self.len() < 2 * cells.found() => cells.extend(&self.high),
-            _ => Cells::find(self.dimension, &self.scales, &self.high),
+    /// Makes the index when there are enough vectors for it, or many came since it was made; whether it did. Takes seconds for a
+    /// million.
+    pub(crate) fn settle(&mut self) -> bool {
+        if self.awaited.take().is_some_and(|awaited| awaited.missing() > 0) {
+            self.scatter();
+        }
+        let (found, new) = match &self.index {
+            None if self.len() <= self.limit => return false,
+            Some(cells) if self.len() - cells.len() <= (self.len() / TAIL).max(self.least() / 2) => return false,
+            Some(cells) if self.len() < 2 * cells.found() => (cells.extend(&self.high), false),
+            _ => (Cells::find(self.dimension, &self.scales, &self.high), true),
         };
         self.arrange(found.0, &found.1);
+        if let Some(cells) = self.index.as_mut().filter(|_| new) {
+            cells.centre(&self.high);
+        }
+        true
+    }
+
+    /// So many are scanned with an index at least: less than half of what is scanned without.
+    const fn least(&self) -> usize {
+        self.limit / 5 * 2
+    }
+
+    /// Lets go of an index that is of other vectors than those that came.
+    fn scatter(&mut self) {
+        let mut next = Self::new(self.dimension, self.limit, self.fine);
+        for row in (0..self.len()).filter(|row| self.slots[*row] != NONE) {
+            let at = row * self.dimension..(row + 1) * self.dimension;
+            let low = self.low.get(at.clone()).unwrap_or_default();
+            next.push(self.slots[row], self.scales[row], &self.high[at], low);
+        }
+        *self = next;
     }
 
     /// Puts the rows in the order of their cells.
@@ -221,8 +281,10 @@ impl Matrix {
 
     /// Takes vectors out, of slots in order.
     pub(crate) fn remove(&mut self, gone: &[u32]) {
+        let mut rows = Vec::new();
         for slot in gone {
             let Some(row) = self.row(*slot) else { continue };
+            rows.push(row);
             let at = row * self.dimension..(row + 1) * self.dimension;
             self.high[at.clone()].fill(0);
             if let Some(low) = self.low.get_mut(at) {
@@ -230,6 +292,9 @@ impl Matrix {
             }
             self.scales[row] = 0.0;
             self.rows[*slot as usize] = NONE;
+        }
+        if let Some(index) = &mut self.index {
+            index.forget(&rows, &self.high);
         }
     }
 
@@ -283,7 +348,7 @@ impl Matrix {
         match &self.index {
             None => scan(0..self.len()),
             Some(index) => {
-                index.likely(query, (index.len() / SHARE).max(LEAST)).for_each(&mut scan);
+                index.likely(query, (index.len() / SHARE).max(self.least())).for_each(&mut scan);
                 scan(index.len()..self.len());
             }
         }
@@ -314,102 +379,4 @@ impl Matrix {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used, clippy::cast_precision_loss)]
-pub(crate) mod tests {
-    use super::*;
-
-    /// Numbers that look random and are the same everywhere (splitmix64).
-    pub(crate) struct Dice(pub u64);
-
-    impl Dice {
-        pub(crate) fn next(&mut self) -> u64 {
-            self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-            let mut z = self.0;
-            z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-            z ^ (z >> 31)
-        }
-
-        /// About normal.
-        pub(crate) fn normal(&mut self) -> f32 {
-            (0..6).map(|_| (self.next() >> 40) as f32 / (1u64 << 24) as f32).sum::<f32>() * 2f32.sqrt()
-                - 3.0 * 2f32.sqrt()
-        }
-
-        pub(crate) fn numbers(&mut self, count: usize) -> Vec<f32> {
-            (0..count).map(|_| self.normal()).collect()
-        }
-
-        /// Around one of some centres.
-        pub(crate) fn around(&mut self, centres: &[Vec<f32>], spread: f32) -> Vec<f32> {
-            let centre = &centres[usize::try_from(self.next()).unwrap() % centres.len()];
-            centre.iter().map(|n| n + spread * self.normal()).collect()
-        }
-    }
-
-    pub(crate) fn add(matrix: &mut Matrix, slot: u32, numbers: &[f32]) {
-        let vector = Vector::of(numbers).unwrap();
-        matrix.push(slot, vector.scale, &vector.high, &vector.low);
-    }
-
-    /// The slots nearest by the numbers themselves.
-    pub(crate) fn truth(all: &[Vec<f32>], query: &[f32], limit: usize) -> Vec<u32> {
-        let unit = |v: &[f32]| {
-            let length = v.iter().map(|n| n * n).sum::<f32>().sqrt();
-            v.iter().map(|n| n / length).collect::<Vec<f32>>()
-        };
-        let query = unit(query);
-        let mut best = Best::new(limit);
-        for (slot, vector) in (0..).zip(all) {
-            best.offer(slot, unit(vector).iter().zip(&query).map(|(a, b)| a * b).sum());
-        }
-        best.finish().into_iter().map(|(slot, _)| slot).collect()
-    }
-
-    #[test]
-    fn the_scan_finds_what_the_numbers_say() {
-        let mut dice = Dice(7);
-        let all: Vec<Vec<f32>> = (0..2000).map(|_| dice.numbers(96)).collect();
-        let mut matrix = Matrix::new(96, 10_000, true);
-        for (slot, vector) in (0..).zip(&all) {
-            add(&mut matrix, slot, vector);
-        }
-        let mut hits = 0;
-        for _ in 0..50 {
-            let query = dice.numbers(96);
-            let found = matrix.nearest(&Vector::of(&query).unwrap(), 10, -1.0, None, |_| true);
-            let truth = truth(&all, &query, 10);
-            hits += found.iter().filter(|(slot, _)| truth.contains(slot)).count();
-        }
-        assert!(hits >= 499, "{hits} of 500");
-    }
-
-    #[test]
-    fn what_is_not_kept_and_what_is_removed_is_not_found() {
-        let mut matrix = Matrix::new(3, 10, true);
-        for (slot, x) in [(0, 1.0), (1, 0.9), (2, 0.8), (3, -1.0)] {
-            add(&mut matrix, slot, &[x, 0.3, 0.0]);
-        }
-        add(&mut matrix, 4, &[1.0]);
-        let query = Vector::of(&[1.0, 0.0, 0.0]).unwrap();
-        let slots = |matrix: &Matrix, keep: &dyn Fn(u32) -> bool| {
-            matrix.nearest(&query, 9, 0.0, None, keep).into_iter().map(|(slot, _)| slot).collect::<Vec<_>>()
-        };
-        assert_eq!(slots(&matrix, &|_| true), [0, 1, 2]);
-        let among: Vec<u32> =
-            matrix.nearest(&query, 9, 0.0, Some(&[2, 3, 4, 9]), |_| true).iter().map(|(s, _)| *s).collect();
-        assert_eq!(among, [2], "of those that are named, and no others");
-        assert_eq!(slots(&matrix, &|slot| slot != 1), [0, 2]);
-        matrix.remove(&[0]);
-        assert_eq!(slots(&matrix, &|_| true), [1, 2]);
-        assert_eq!(matrix.len(), 4);
-        assert!(matrix.nearest(&Vector::of(&[1.0]).unwrap(), 9, 0.0, None, |_| true).is_empty());
-    }
-
-    #[test]
-    fn the_best_of_a_stream_are_kept() {
-        let mut best = Best::new(3);
-        (0..100u32).for_each(|n| best.offer(n, (n * 37 % 101) as f32));
-        assert_eq!(best.finish().iter().map(|(_, score)| *score).collect::<Vec<_>>(), [100.0, 99.0, 98.0]);
-    }
-}
+pub(crate) mod tests;

@@ -22,9 +22,9 @@ use bytes::Bytes;
 use tokio::sync::Notify;
 
 use super::{
-    Committed, DeadLetter, Done, Episode, Error, Feed, Fence, Head, Journal, Keep, Known, Listed, Loaded, MqttRow,
-    MqttWrite, Outgoing, Part, Parts, Pending, Reader, Rejection, Remembered, Scope, Shipping, Spans, Stats, Store,
-    Unit, Work, Writer, check, ownership::Rows, rank, replay,
+    Committed, DeadLetter, Done, Episode, Error, Feed, Fence, Head, Index, Journal, Keep, Known, Listed, Loaded,
+    MqttRow, MqttWrite, Outgoing, Part, Parts, Pending, Piece, Reader, Rejection, Remembered, Scope, Shipping, Spans,
+    Stats, Store, Unit, Work, Writer, check, ownership::Rows, rank, replay,
 };
 use crate::{
     runtime::clock::Clock,
@@ -364,6 +364,8 @@ struct Instance {
     /// Parts of its memory, and the turn that forgot something last.
     parts: BTreeMap<u64, Part>,
     forgot: u64,
+    /// The index over its vectors, and the last turn that knows.
+    index: Option<(u64, Bytes)>,
 }
 
 impl Instance {
@@ -379,6 +381,7 @@ impl Instance {
             dead: Vec::new(),
             parts: BTreeMap::new(),
             forgot: 0,
+            index: None,
             steps: BTreeMap::new(),
             decided: HashMap::default(),
         }
@@ -551,6 +554,7 @@ impl Data {
             instance.turns.push(Arc::clone(record));
             for (turn, places) in replay::losses(record) {
                 instance.forgot = record.turn;
+                instance.index = None;
                 instance.parts.retain(|after, part| turn <= *after || turn > part.upto);
                 let Some(lost) = earlier(&mut instance.turns, turn) else { continue };
                 let mut redacted = (**lost).clone();
@@ -648,10 +652,11 @@ impl Data {
     fn keep(&mut self, keep: Keep) {
         let instance = self.instances.get_mut(&keep.key);
         let Some(instance) = instance.filter(|it| it.life == keep.life && it.forgot <= keep.seen) else { return };
-        if keep.part.rec.is_empty() {
-            instance.parts.remove(&keep.part.after);
-        } else {
-            instance.parts.insert(keep.part.after, keep.part);
+        let empty = keep.piece.rec().is_empty();
+        match keep.piece {
+            Piece::Index(rec) => instance.index = (!empty).then_some((keep.seen, rec)),
+            Piece::Part(part) if empty => drop(instance.parts.remove(&part.after)),
+            Piece::Part(part) => drop(instance.parts.insert(part.after, part)),
         }
     }
 }
@@ -821,11 +826,19 @@ impl Reader for MemoryStore {
         Ok(Parts { life: instance.life, parts: instance.parts.values().filter(fits).take(limit).cloned().collect() })
     }
 
+    async fn index(&self, key: &InstanceKey) -> Result<Option<Index>, Error> {
+        let data = self.read()?;
+        let Some(instance) = data.instances.get(key) else { return Ok(None) };
+        let fits = instance.index.as_ref().filter(|(upto, _)| *upto <= instance.head.turn);
+        Ok(fits.map(|(upto, rec)| Index { life: instance.life, upto: *upto, rec: rec.clone() }))
+    }
+
     async fn spans(&self, key: &InstanceKey) -> Result<Spans, Error> {
         let data = self.read()?;
         let Some(instance) = data.instances.get(key) else { return Ok(Spans::default()) };
         let spans = instance.parts.values().map(|part| (part.after, part.upto)).collect();
-        Ok(Spans { life: instance.life, head: instance.head.turn, spans })
+        let index = instance.index.as_ref().map(|(upto, _)| *upto);
+        Ok(Spans { life: instance.life, head: instance.head.turn, spans, index })
     }
 
     async fn turns_at(&self, key: &InstanceKey, turns: &[u64]) -> Result<Vec<Arc<TurnRecord>>, Error> {

@@ -424,9 +424,33 @@ pub struct Spans {
     pub head: u64,
     /// Behind which turn each part begins, and the last turn it covers; in order.
     pub spans: Vec<(u64, u64)>,
+    /// The last turn that the index over its vectors knows; nothing where there is none, or none that may be read.
+    pub index: Option<u64>,
 }
 
-/// A part on its way to the store.
+impl Spans {
+    /// Of what stands in the store: places and last turns. Parts are at the turns they begin behind; -1 is the turn that forgot
+    /// something last, and an index, at -2, that knows less is of no use.
+    fn of(life: i64, head: u64, rows: &[(i64, u64)]) -> Self {
+        let at = |place| rows.iter().find(|(at, _)| *at == place).map(|(_, upto)| *upto);
+        let forgot = at(-1).unwrap_or(0);
+        let spans = rows.iter().filter_map(|(at, upto)| Some((u64::try_from(*at).ok()?, *upto))).collect();
+        Self { life, head, spans, index: at(-2).filter(|upto| (forgot..=head).contains(upto)) }
+    }
+}
+
+/// The index over the vectors of a memory, as it is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Index {
+    /// As [`Remembered::life`].
+    pub life: i64,
+    /// The last turn it knows.
+    pub upto: u64,
+    /// Its bytes, which are the memory's own.
+    pub rec: Bytes,
+}
+
+/// A piece of a memory on its way to the store.
 #[derive(Debug, Clone)]
 pub struct Keep {
     /// Whose.
@@ -435,8 +459,27 @@ pub struct Keep {
     pub life: i64,
     /// What was forgotten by this turn or earlier is not in it.
     pub seen: u64,
-    /// It. One without bytes removes the one that begins where it does.
-    pub part: Part,
+    /// It.
+    pub piece: Piece,
+}
+
+/// What is kept of a memory beside the log. One without bytes removes the one in its place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Piece {
+    /// A part, in place of the one that begins where it does.
+    Part(Part),
+    /// The index over its vectors as of the turn that was seen, in place of the one there was.
+    Index(Bytes),
+}
+
+impl Piece {
+    /// Its bytes.
+    pub const fn rec(&self) -> &Bytes {
+        match self {
+            Self::Part(part) => &part.rec,
+            Self::Index(rec) => rec,
+        }
+    }
 }
 
 /// A turn with something for `delivery`, in commit order.
@@ -660,9 +703,9 @@ pub trait Writer: Send + Sync + 'static {
     fn ship(&self, under: Vec<Fence>, writes: Vec<Shipping>, done: Done);
     /// Queues writes of the MQTT door; they share the turns' group commit.
     fn mqtt(&self, writes: Vec<MqttWrite>, done: Done);
-    /// Keeps a part of a memory, in place of one that begins at the same turn. It is left out, which is no error, when the instance
-    /// has another life by now or forgot something behind the turn that was seen. A turn that forgets removes the parts in
-    /// which that stands in its own commit.
+    /// Keeps a piece of a memory. It is left out, which is no error, when the instance has another life by now or forgot something
+    /// behind the turn that was seen. A turn that forgets removes the parts in which that stands, and the index, in its own
+    /// commit.
     fn keep(&self, keep: Keep, done: Done);
 }
 
@@ -717,7 +760,10 @@ pub trait Reader: Send + Sync + 'static {
     async fn remembered(&self, key: &InstanceKey, after: u64, limit: usize) -> Result<Remembered, Error>;
     /// Parts of the instance's memory that reach beyond a turn and not beyond its last one, in order, at most `limit`.
     async fn parts(&self, key: &InstanceKey, behind: u64, limit: usize) -> Result<Parts, Error>;
-    /// What all parts cover.
+    /// The index over the vectors of the instance's memory, unless it knows more turns than there are, or something was forgotten
+    /// behind the last one it knows.
+    async fn index(&self, key: &InstanceKey) -> Result<Option<Index>, Error>;
+    /// What all parts cover, and the index.
     async fn spans(&self, key: &InstanceKey) -> Result<Spans, Error>;
     /// These turns of the instance, as far as there are any, in no order.
     async fn turns_at(&self, key: &InstanceKey, turns: &[u64]) -> Result<Vec<Arc<TurnRecord>>, Error>;

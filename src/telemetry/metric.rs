@@ -69,6 +69,8 @@ metrics! {
     MEMORY_SHELF_BYTES = Gauge "sophont_memory_shelf_bytes";
     /// Parts of memories kept in the store, by what became of them (`written`, `read`, `damaged`).
     MEMORY_PARTS = Counter "sophont_memory_parts_total";
+    /// Indexes over the vectors of memories kept in the store, by what became of them (`written`, `read`, `damaged`).
+    MEMORY_INDEXES = Counter "sophont_memory_indexes_total";
     /// Panics caught in turns.
     PANICS = Counter "sophont_instance_panics_total";
     /// Stimuli of instances with `attention` that no rule decided, by fate (`thought`, `merged`, `held_back`).

@@ -29,6 +29,7 @@ mod membership;
 mod memory;
 mod memory_checkpoint;
 mod memory_contract;
+mod memory_index;
 mod memory_suite;
 mod mqtt;
 mod mqtt_cluster;

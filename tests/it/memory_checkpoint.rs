@@ -10,7 +10,7 @@ use sophont::{
     memory::{Ask, Memory},
     runtime::clock::Clock,
     scaling::cache::{Options as CacheOptions, TieredCache},
-    store::{Done, Head, Keep, Part, Store, Work, sqlite::Options},
+    store::{Done, Head, Keep, Part, Piece, Store, Work, sqlite::Options},
     types::{EpisodeId, InstanceKey, TurnRecord},
 };
 
@@ -39,7 +39,7 @@ async fn cold(store: &Arc<dyn Store>, key: &InstanceKey, text: &str) -> Vec<(u64
 
 async fn keep(store: &Arc<dyn Store>, key: &InstanceKey, life: i64, seen: u64, part: Part) {
     let (done, end) = Done::channel();
-    store.keep(Keep { key: key.clone(), life, seen, part }, done);
+    store.keep(Keep { key: key.clone(), life, seen, piece: Piece::Part(part) }, done);
     end.await.unwrap().unwrap();
 }
 
@@ -115,6 +115,12 @@ async fn what_is_forgotten_takes_its_parts_along(subject: Subject) {
     let made = memory(store).checkpoint(&key, true).await.unwrap();
     assert_eq!((made.written, made.upto), (2, 4));
     assert_eq!(store.spans(&key).await.unwrap().spans, [(0, 2), (2, 3), (3, 4)]);
+    let behind = async |turn: u64, limit| {
+        let found = store.parts(&key, turn, limit).await.unwrap().parts;
+        found.iter().map(|part| part.after).collect::<Vec<_>>()
+    };
+    let runs = (behind(0, 9).await, behind(0, 1).await, behind(1, 9).await, behind(2, 1).await, behind(4, 9).await);
+    assert_eq!(runs, (vec![0, 2, 3], vec![0], vec![0, 2, 3], vec![2], vec![]), "and none that ends before");
     assert_eq!(cold(store, &key, "apples pears plums lemon").await, found);
     let bytes = store.parts(&key, 0, 9).await.unwrap().parts.remove(0).rec;
     let has = |text: &str| bytes.windows(text.len()).any(|window| window == text.as_bytes());

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use sophont::{
     runtime::clock::Clock,
     store::{
-        Done, Head, Keep, Part, Store, Work,
+        Done, Head, Keep, Part, Piece, Store, Work,
         sqlite::{Options, SqliteStore},
     },
     types::{
@@ -38,7 +38,11 @@ fn writing(turn: u64, texts: &[&str]) -> TurnRecord {
         occurred_at: None,
         extra: Extra { embedding: Vector::of(&[1.0, 2.0, 3.0]), ..Extra::default() },
     };
-    let data = RawJson::from_serialize(&Writing { episodes: texts.iter().map(written).collect() }).unwrap();
+    remembering(turn, texts.iter().map(written).collect())
+}
+
+pub fn remembering(turn: u64, episodes: Vec<Written>) -> TurnRecord {
+    let data = RawJson::from_serialize(&Writing { episodes }).unwrap();
     let mut turn = command(turn, WRITE_CHANNEL, data);
     let (drafts, kept) = read_writing(&turn.stimulus).unwrap();
     turn.episodes = drafts;
@@ -182,13 +186,16 @@ async fn remember_and_forget(store: &dyn Store, settle: impl AsyncFn()) {
         turns(store, &key, Head::default(), vec![writing(1, &[SECRETS[0], "harmless", &long])]).await.unwrap();
     settle().await;
     head = turns(store, &key, head, vec![writing(2, &[SECRETS[2]])]).await.unwrap();
-    // A part of the memory with all of it, over several pages.
+    // A part of the memory with all of it, over several pages, and an index.
     let known = store.spans(&key).await.unwrap();
-    let part = Part { after: 0, upto: 2, rec: Bytes::from(format!("{}{long}", SECRETS.concat())) };
-    let (done, end) = Done::channel();
-    store.keep(Keep { key: key.clone(), life: known.life, seen: known.head, part }, done);
-    end.await.unwrap().unwrap();
-    assert_eq!(store.spans(&key).await.unwrap().spans, [(0, 2)]);
+    let rec = Bytes::from(format!("{}{long}", SECRETS.concat()));
+    for piece in [Piece::Part(Part { after: 0, upto: 2, rec: rec.clone() }), Piece::Index(rec)] {
+        let (done, end) = Done::channel();
+        store.keep(Keep { key: key.clone(), life: known.life, seen: known.head, piece }, done);
+        end.await.unwrap().unwrap();
+    }
+    let kept = store.spans(&key).await.unwrap();
+    assert_eq!((kept.spans, kept.index), (vec![(0, 2)], Some(2)));
     let gone = [EpisodeId::new(1, 0), EpisodeId::new(1, 2), EpisodeId::new(2, 0)];
     turns(store, &key, head, vec![forgetting(3, &gone)]).await.unwrap();
 }

@@ -6,7 +6,7 @@ use crate::{
     memory::{
         Forget, Known, Prune,
         ask::{self, Asked},
-        lexical,
+        cells, lexical,
     },
     store::rank,
     types::{
@@ -302,4 +302,43 @@ fn what_is_recalled_is_as_it_was_remembered() {
     shelf.follow(&forgetting(2, 20, &[id(1, 0), id(1, 2)]));
     assert_eq!((shelf.episode(0), shelf.episode(2)), (None, None));
     assert!(shelf.episode(1).is_some());
+}
+
+#[test]
+fn the_index_is_kept_when_it_is_new_and_when_something_was_forgotten() {
+    let new = || Shelf::new(1, true, 50);
+    let many = |turn: u64, count: usize| {
+        writing(turn, 10, (0..count).map(|n| episode(&format!("lamp {} of room {turn}", n * n))).collect())
+    };
+    let turns = [many(1, 80), many(2, 5), forgetting(3, 20, &[id(1, 0)]), many(4, 60)];
+    let mut shelf = new();
+    let mut to = |turn: &TurnRecord| {
+        shelf.follow(turn);
+        shelf.settle();
+        let unkept = shelf.is_unkept();
+        let plan = shelf.plans().map(|plans| (plans, found(&shelf, "lamp 81", Known::default())));
+        shelf.kept = Some(turn.turn);
+        assert!(!shelf.is_unkept() && shelf.plans().is_none());
+        assert_eq!(unkept, plan.is_some());
+        plan
+    };
+    let first = to(&turns[0]);
+    assert!(first.is_some(), "it is new");
+    assert!(to(&turns[1]).is_none(), "so few stand behind it");
+    let third = to(&turns[2]);
+    assert!(to(&turns[3]).is_some(), "so many do not");
+    for (upto, kept) in [(1, first.unwrap()), (3, third.unwrap())] {
+        let (plans, told) = kept;
+        let places = &plans.lexical.as_ref().unwrap().places;
+        assert_eq!(places[0] == cells::NOWHERE, upto == 3, "what is forgotten is in no cell");
+        assert!(plans.given.is_none());
+        let mut cold = new();
+        cold.begin(plans, upto);
+        turns[..usize::try_from(upto).unwrap()].iter().for_each(|turn| drop(cold.follow(turn)));
+        cold.settle();
+        assert!(!cold.is_unkept(), "as it is in the store");
+        assert_eq!(found(&cold, "lamp 81", Known::default()), told);
+        cold.follow(&turns[2]);
+        assert_eq!(cold.is_unkept(), upto == 1, "the store has none since");
+    }
 }

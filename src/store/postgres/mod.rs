@@ -68,9 +68,9 @@ use self::{
     writes::int,
 };
 use super::{
-    Committed, DeadLetter, Done, Episode, Error, Feed, Fence, Head, Keep, Known, Listed, Loaded, MqttRow, MqttWrite,
-    Outgoing, Parts, Pending, Reader, Rejection, Remembered, Scope, Shipping, Snapshot, Spans, Stats, Store, Unit,
-    Work, Writer,
+    Committed, DeadLetter, Done, Episode, Error, Feed, Fence, Head, Index, Keep, Known, Listed, Loaded, MqttRow,
+    MqttWrite, Outgoing, Parts, Pending, Reader, Rejection, Remembered, Scope, Shipping, Snapshot, Spans, Stats, Store,
+    Unit, Work, Writer,
 };
 use crate::{
     config,
@@ -537,6 +537,10 @@ impl Reader for PostgresStore {
 
     async fn parts(&self, key: &InstanceKey, behind: u64, limit: usize) -> Result<Parts, Error> {
         self.read_parts(key, behind, limit).await
+    }
+
+    async fn index(&self, key: &InstanceKey) -> Result<Option<Index>, Error> {
+        self.read_index(key).await
     }
 
     async fn spans(&self, key: &InstanceKey) -> Result<Spans, Error> {

@@ -73,10 +73,11 @@ const MARKS: Sql = Sql {
            ON CONFLICT (tenant, instance, after) DO UPDATE SET upto = greatest(p.upto, excluded.upto)",
     types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::INT8_ARRAY],
 };
-/// Parts in which something stands that is forgotten. After [`MARKS`], so that it sees all that were written.
+/// Parts in which something stands that is forgotten, and the index. After [`MARKS`], so that it sees all that were written.
 const PARTS_LOST: Sql = Sql {
     text: "DELETE FROM memory_parts p USING unnest($1::text[], $2::text[], $3::bigint[]) g(tenant, instance, turn)
-           WHERE p.tenant = g.tenant AND p.instance = g.instance AND p.after >= 0 AND p.after < g.turn AND p.upto >= g.turn",
+           WHERE p.tenant = g.tenant AND p.instance = g.instance
+             AND (p.after = -2 OR p.after >= 0 AND p.after < g.turn AND p.upto >= g.turn)",
     types: &[Type::TEXT_ARRAY, Type::TEXT_ARRAY, Type::INT8_ARRAY],
 };
 /// Parts of instances that are forgotten. After [`FORGOTTEN`], which waits for those who write one.

@@ -61,8 +61,9 @@ use self::{
     writer::{Job, Shared, Writer as WriterThread},
 };
 use super::{
-    DeadLetter, Done, Episode, Error, Feed, Fence, Keep, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing, Parts,
-    Pending, Reader, Rejection, Remembered, Scope, Shipping, Snapshot, Spans, Stats, Store, Unit, Writer, record,
+    DeadLetter, Done, Episode, Error, Feed, Fence, Index, Keep, Known, Listed, Loaded, MqttRow, MqttWrite, Outgoing,
+    Parts, Pending, Reader, Rejection, Remembered, Scope, Shipping, Snapshot, Spans, Stats, Store, Unit, Writer,
+    record,
 };
 use crate::{
     config,
@@ -359,6 +360,11 @@ impl Reader for SqliteStore {
     async fn parts(&self, key: &InstanceKey, behind: u64, limit: usize) -> Result<Parts, Error> {
         let key = key.clone();
         self.read(move |view| view.parts(&key, behind, limit)).await
+    }
+
+    async fn index(&self, key: &InstanceKey) -> Result<Option<Index>, Error> {
+        let key = key.clone();
+        self.read(move |view| view.index(&key)).await
     }
 
     async fn spans(&self, key: &InstanceKey) -> Result<Spans, Error> {

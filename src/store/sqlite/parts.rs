@@ -1,17 +1,20 @@
 //! Parts of memories: written by the writer's thread, read for a shelf that is made. A row with `after` -1 says which turn forgot
-//! something last. Tests: `tests/it/store_contract.rs`.
+//! something last, one with -2 is the index over the vectors. Tests: `tests/it/memory_checkpoint.rs`.
 
 use bytes::Bytes;
 use rusqlite::{OptionalExtension as _, params};
 
 use super::{reader::View, rows, writer::Writer};
 use crate::{
-    store::{Error, Keep, Part, Parts, Spans},
+    store::{Error, Index, Keep, Part, Parts, Piece, Spans},
     types::InstanceKey,
 };
 
+/// Where the index stands.
+const INDEX: i64 = -2;
+
 impl Writer<'_> {
-    /// Writes, replaces or removes a part, unless it is of another life or of before something was forgotten.
+    /// Writes, replaces or removes a piece, unless it is of another life or of before something was forgotten.
     pub(super) fn keep_part(&mut self, keep: &Keep) -> Result<(), Error> {
         let (tenant, instance) = (keep.key.tenant.as_str(), keep.key.instance.as_str());
         if rows::born(self.db, &keep.key)? != Some(keep.life) {
@@ -24,7 +27,11 @@ impl Writer<'_> {
         if forgot.is_some_and(|turn| turn > keep.seen) {
             return Ok(());
         }
-        let Part { after, upto, rec } = &keep.part;
+        let rec = keep.piece.rec();
+        let (after, upto) = match &keep.piece {
+            Piece::Part(part) => (i64::try_from(part.after).unwrap_or(i64::MAX), part.upto),
+            Piece::Index(_) => (INDEX, keep.seen),
+        };
         if rec.is_empty() {
             let mut delete = self
                 .db
@@ -39,7 +46,7 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// Parts go in which something stands that a turn forgets.
+    /// Parts go in which something stands that a turn forgets, and the index: its centres are made of all vectors.
     pub(super) fn lose_parts(
         &self,
         key: &InstanceKey,
@@ -54,6 +61,9 @@ impl Writer<'_> {
         let mut delete = self.db.prepare_cached(
             "DELETE FROM memory_parts WHERE tenant = ?1 AND instance = ?2 AND after >= 0 AND after < ?3 AND upto >= ?3",
         )?;
+        let mut index =
+            self.db.prepare_cached("DELETE FROM memory_parts WHERE tenant = ?1 AND instance = ?2 AND after = -2")?;
+        index.execute(params![tenant, instance])?;
         for lost in lost {
             delete.execute(params![tenant, instance, lost])?;
         }
@@ -67,7 +77,9 @@ impl View {
         let Some(life) = rows::born(&settled.tx, key)? else { return Ok(Parts::default()) };
         let head = settled.head(key)?.turn;
         let mut query = settled.tx.prepare_cached(
-            "SELECT after, upto, rec FROM memory_parts WHERE tenant = ?1 AND instance = ?2 AND after >= 0
+            "SELECT after, upto, rec FROM memory_parts WHERE tenant = ?1 AND instance = ?2
+             AND after >= coalesce((SELECT max(after) FROM memory_parts
+               WHERE tenant = ?1 AND instance = ?2 AND after BETWEEN 0 AND ?3), 0)
              AND upto > ?3 AND upto <= ?4 ORDER BY after LIMIT ?5",
         )?;
         let names = params![key.tenant.as_str(), key.instance.as_str(), behind, head, limit];
@@ -78,16 +90,31 @@ impl View {
         Ok(Parts { life, parts })
     }
 
+    pub(super) fn index(&self, key: &InstanceKey) -> Result<Option<Index>, Error> {
+        let settled = self.settled(key, |_| ())?;
+        let Some(life) = rows::born(&settled.tx, key)? else { return Ok(None) };
+        let head = settled.head(key)?.turn;
+        let mut query = settled.tx.prepare_cached(
+            "SELECT i.upto, i.rec FROM memory_parts i LEFT JOIN memory_parts m
+               ON m.tenant = i.tenant AND m.instance = i.instance AND m.after = -1
+             WHERE i.tenant = ?1 AND i.instance = ?2 AND i.after = -2 AND i.upto <= ?3 AND i.upto >= coalesce(m.upto, 0)",
+        )?;
+        let index = |row: &rusqlite::Row<'_>| {
+            Ok(Index { life, upto: row.get(0)?, rec: Bytes::from(row.get::<_, Vec<u8>>(1)?) })
+        };
+        Ok(query.query_row(params![key.tenant.as_str(), key.instance.as_str(), head], index).optional()?)
+    }
+
     pub(super) fn spans(&self, key: &InstanceKey) -> Result<Spans, Error> {
         let settled = self.settled(key, |_| ())?;
         let Some(life) = rows::born(&settled.tx, key)? else { return Ok(Spans::default()) };
         let head = settled.head(key)?.turn;
         let mut query = settled.tx.prepare_cached(
-            "SELECT after, upto FROM memory_parts WHERE tenant = ?1 AND instance = ?2 AND after >= 0 ORDER BY after",
+            "SELECT after, upto FROM memory_parts WHERE tenant = ?1 AND instance = ?2 ORDER BY after",
         )?;
         let found = query
             .query_map(params![key.tenant.as_str(), key.instance.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))?;
-        let spans = found.collect::<Result<_, _>>()?;
-        Ok(Spans { life, head, spans })
+        let rows: Vec<(i64, u64)> = found.collect::<Result<_, _>>()?;
+        Ok(Spans::of(life, head, &rows))
     }
 }

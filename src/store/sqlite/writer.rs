@@ -79,7 +79,7 @@ impl Job {
             },
             Job::Ship(writes, _) => 512 * writes.len(),
             Job::Mqtt(writes, _) => writes.iter().map(mqtt_weight).sum(),
-            Job::Keep(keep, _) => keep.part.rec.len(),
+            Job::Keep(keep, _) => keep.piece.rec().len(),
             Job::Probe(_) | Job::Settle(_) => 64,
         }
     }
