@@ -22,8 +22,8 @@ use sophont::{
     scaling::cache::{Options, TieredCache},
     store::{Done, Fence, Head, Unit, Work, Writer, memory::MemoryStore},
     types::{
-        Channel, EpisodeId, Fault, InstanceId, InstanceKey, Kind, Millis, Outcome, Profile, Reply, Source, StateChange,
-        StateDoc, Stimulus, TenantId, TurnRecord, Usage, profile::EngineName,
+        Channel, EpisodeId, Fault, InstanceId, InstanceKey, Kind, Millis, Outcome, Profile, RawJson, Reply, Source,
+        StateChange, StateDoc, Stimulus, TenantId, TurnRecord, Usage, chat::CHAT_TYPE, profile::EngineName,
     },
 };
 use tokio::{
@@ -40,6 +40,8 @@ enum Do {
     Send(Vec<u8>),
     /// Says nothing for so long, unless the other side gives up.
     Dawdle(Duration),
+    /// Waits until there were so many calls.
+    Calls(usize),
     /// Waits until the other side closes the connection.
     Hang,
 }
@@ -135,6 +137,11 @@ async fn serve(mut stream: TcpStream, calls: &Mutex<Vec<Call>>, given_up: &Atomi
                 if tokio::time::timeout(*time, stream.read(&mut [0; 64])).await.is_ok() {
                     given_up.fetch_add(1, Ordering::SeqCst);
                     return;
+                }
+            }
+            Do::Calls(count) => {
+                while calls.lock().unwrap().len() < *count {
+                    tokio::task::yield_now().await;
                 }
             }
             Do::Hang => {
@@ -443,6 +450,50 @@ async fn usage_may_be_refused_or_missing() {
     assert_eq!(bodies.len(), 4, "the server's wishes are remembered");
     assert!(bodies[0].get("stream_options").is_some() && bodies[1].get("stream_options").is_none());
     assert_eq!((bodies[3].get("max_tokens"), bodies[3].get("max_completion_tokens")), (None, Some(&json!(50))));
+}
+
+/// Calls that are under way while the first refusal comes are refused for the same reason, and go on as the first does.
+#[tokio::test]
+async fn calls_under_way_learn_what_the_first_one_learnt() {
+    let refuses = refusal("400 Bad Request", "", r#"{"error":{"message":"unknown field stream_options"}}"#);
+    let held = vec![Do::Calls(2), refuses[0].clone()];
+    let standin = Standin::start(vec![held.clone(), held, hello()]).await;
+    let engine = standin.engine(|_| ());
+    let (one, other) = (Heard::default(), Heard::default());
+    let (first, second) = tokio::join!(ask(&engine, &one), ask(&engine, &other));
+    assert_hello(first, &one);
+    assert_hello(second, &other);
+    assert_eq!(standin.calls().len(), 4);
+}
+
+#[tokio::test]
+async fn a_wrong_tool_of_one_client_takes_nobody_elses_away() {
+    let wrong = r#"{"error":{"message":"Invalid 'tools[0].function.name': string does not match pattern"}}"#;
+    let toolless = r#"{"error":{"message":"small does not support tools"}}"#;
+    let standin = Standin::start(vec![
+        refusal("400 Bad Request", "", wrong),
+        hello(),
+        refusal("404 Not Found", "", toolless),
+        hello(),
+    ])
+    .await;
+    let engine = standin.engine(|_| ());
+    let with_tool = async || {
+        let mut question = question("hello?", PATIENCE);
+        let tool = json!({"name": "look", "description": "", "parameters": null});
+        let chat = json!({"instructions": null, "earlier": [], "results": [], "tools": [tool], "options": {}});
+        let mut stimulus = (*question.stimulus).clone();
+        stimulus.data = Some(RawJson::of(&chat));
+        stimulus.content_type = Some(String::from(CHAT_TYPE));
+        question.stimulus = Arc::new(stimulus);
+        engine.think(question, &Heard::default()).await
+    };
+    let error = with_tool().await.unwrap_err();
+    assert!(error.to_string().contains("tools[0].function.name"), "{error}");
+    with_tool().await.unwrap();
+    with_tool().await.unwrap();
+    let tools: Vec<bool> = standin.calls().iter().map(|call| call.body.get("tools").is_some()).collect();
+    assert_eq!(tools, [true, true, true, false], "the one that says so is asked without");
 }
 
 #[tokio::test]

@@ -1,19 +1,12 @@
 //! One call to an OpenAI-compatible chat endpoint: ask, read the stream, say how it ended.
 //!
-//! Owns: the request, the idle limit, what a status or a broken stream means, and getting along with servers that refuse
-//! optional fields. Not here: what pieces of an answer amount to (`reading.rs`), retries, places and the breaker (`mod.rs`).
+//! Owns: the request, the idle limit, and what a status or a broken stream means. Not here: what pieces of an answer amount to
+//! (`reading.rs`), what a server was found not to take (`quirks.rs`), retries, places and the breaker (`mod.rs`).
 //! Invariants: everything read is bounded; a key never reaches a log or an error text; dropping the future closes the
 //! connection, which is how the provider learns that nobody listens.
 //! Tests: at the foot; `tests/it/thinking.rs` against a server that misbehaves.
 
-use std::{
-    collections::BTreeSet,
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::time::{Duration, Instant};
 
 use reqwest::{
     Response, StatusCode,
@@ -25,6 +18,7 @@ use serde_json::{Map, Value};
 use tokio::time::timeout;
 
 use super::{
+    quirks::{Parts, Quirks},
     reading::Reading,
     sse::{Event, Parser},
     wire::{Spoken, Tool},
@@ -39,8 +33,6 @@ const MAX_BODY_BYTES: usize = 4 * MAX_ANSWER_BYTES;
 const MAX_ERROR_BYTES: usize = 16 * 1024;
 /// Bytes of one token, roughly, over languages and models.
 const BYTES_PER_TOKEN: usize = 4;
-/// Most models that are known to refuse tools.
-const MAX_TOOLLESS: usize = 100;
 /// Most characters of a provider's own words in an error.
 pub(super) const MAX_ERROR_CHARS: usize = 300;
 
@@ -130,12 +122,7 @@ pub(super) struct Client {
     url: String,
     key: Option<SecretString>,
     idle: Duration,
-    /// The server refuses `stream_options`.
-    no_stream_options: AtomicBool,
-    /// The server wants `max_completion_tokens` instead of `max_tokens`.
-    completion_tokens: AtomicBool,
-    /// Models that refuse tools.
-    toolless: Mutex<BTreeSet<String>>,
+    quirks: Quirks,
 }
 
 #[derive(Serialize)]
@@ -164,33 +151,31 @@ impl Client {
     /// `base_url` goes up to and including `/v1`.
     pub(super) fn new(http: reqwest::Client, base_url: &str, key: Option<SecretString>, idle: Duration) -> Self {
         let url = format!("{}/chat/completions", base_url.trim_end_matches('/'));
-        let flag = || AtomicBool::new(false);
-        Self { http, url, key, idle, no_stream_options: flag(), completion_tokens: flag(), toolless: Mutex::default() }
+        Self { http, url, key, idle, quirks: Quirks::default() }
     }
 
     /// Makes the call once. Cancel safe: dropping it closes the connection.
     pub(super) async fn call(&self, ask: Ask<'_>, voice: &mut Voice<'_>) -> Result<Answer, Failure> {
-        let completion_tokens = self.completion_tokens.load(Ordering::Acquire);
-        let stream_options =
-            (!self.no_stream_options.load(Ordering::Acquire)).then_some(StreamOptions { include_usage: true });
+        let taken = self.quirks.parts(ask.model, Instant::now());
+        let sent = Parts { tools: taken.tools && !ask.tools.is_empty(), ..taken };
         let body = Body {
             model: ask.model,
             messages: ask.messages.iter().map(Spoken).collect(),
             stream: true,
-            stream_options,
-            max_tokens: (!completion_tokens).then_some(ask.max_tokens),
-            max_completion_tokens: completion_tokens.then_some(ask.max_tokens),
-            tools: if self.toolless().contains(ask.model) { &[] } else { ask.tools },
+            stream_options: sent.stream_options.then_some(StreamOptions { include_usage: true }),
+            max_tokens: (!sent.completion_tokens).then_some(ask.max_tokens),
+            max_completion_tokens: sent.completion_tokens.then_some(ask.max_tokens),
+            tools: if sent.tools { ask.tools } else { &[] },
             options: ask.options,
         };
         let mut request = self.http.post(&self.url).header(ACCEPT, "text/event-stream").json(&body);
         if let Some(key) = &self.key {
             request = request.bearer_auth(key.expose_secret());
         }
-        let sent = timeout(self.idle, request.send()).await.map_err(|_| self.silence())?;
-        let response = sent.map_err(|error| broken(&error))?;
+        let answered = timeout(self.idle, request.send()).await.map_err(|_| self.silence())?;
+        let response = answered.map_err(|error| broken(&error))?;
         if !response.status().is_success() {
-            return Err(self.refusal(response, ask).await);
+            return Err(self.refusal(response, ask.model, sent).await);
         }
         let is_json = content_type(&response).starts_with("application/json");
         let reading =
@@ -265,35 +250,18 @@ impl Client {
         &self.url
     }
 
-    fn toolless(&self) -> MutexGuard<'_, BTreeSet<String>> {
-        self.toolless.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    async fn refusal(&self, mut response: Response, ask: Ask<'_>) -> Failure {
+    async fn refusal(&self, mut response: Response, model: &str, sent: Parts) -> Failure {
         let status = response.status();
         let after = retry_after(response.headers());
         let body = self.read_body(&mut response, MAX_ERROR_BYTES).await.unwrap_or_default();
         let words = self.hide_key(message_of(&body));
-        if matches!(status, StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY) && self.adapt(&words, ask) {
+        // Servers differ in what they answer to a field they do not know; 401, 403 and 429 are about something else.
+        let may_be_odd = matches!(status.as_u16(), 400 | 404 | 422 | 500 | 501);
+        if may_be_odd && self.quirks.learn(model, &words, sent, Instant::now()) {
             return Failure::Adapted;
         }
         let words: String = words.chars().take(MAX_ERROR_CHARS).collect();
         judge(status, after, &words)
-    }
-
-    /// Whether the refusal names an optional field that the next call can do without.
-    fn adapt(&self, words: &str, ask: Ask<'_>) -> bool {
-        if words.contains("max_completion_tokens") {
-            return !self.completion_tokens.swap(true, Ordering::AcqRel);
-        }
-        if words.contains("stream_options") || words.contains("include_usage") {
-            return !self.no_stream_options.swap(true, Ordering::AcqRel);
-        }
-        let mut toolless = self.toolless();
-        !ask.tools.is_empty()
-            && wants_no_tools(words)
-            && toolless.len() < MAX_TOOLLESS
-            && toolless.insert(ask.model.to_owned())
     }
 
     fn hide_key(&self, words: String) -> String {
@@ -306,20 +274,6 @@ impl Client {
     fn silence(&self) -> Failure {
         Failure::Again { reason: format!("nothing came for {} s", self.idle.as_secs_f32()), after: None, alive: false }
     }
-}
-
-/// Whether a server says that it takes no tools at all: "does not support tools", "tools are not supported", "unknown field
-/// tools". What it says of one of them (`tools[0].function.parameters`) is about that one, and no reason to leave all out.
-fn wants_no_tools(words: &str) -> bool {
-    let words = words.to_ascii_lowercase();
-    let of_one = words.match_indices("tools").any(|(at, _)| {
-        let mut behind = words[at + "tools".len()..].chars();
-        matches!((behind.next(), behind.next()), (Some('[' | '.' | '/'), Some('0'..='9')))
-    });
-    let refuses =
-        ["support", "unknown", "unrecognized", "unexpected", "not permitted", "not allowed", "not enabled", "requires"];
-    let about_tools = words.contains("tools") || words.contains("tool choice requires");
-    about_tools && !of_one && refuses.iter().any(|word| words.contains(word))
 }
 
 fn content_type(response: &Response) -> String {
@@ -389,27 +343,6 @@ mod tests {
     use reqwest::header::HeaderValue;
 
     use super::*;
-
-    #[test]
-    fn only_a_server_that_takes_no_tools_is_asked_without() {
-        for words in [
-            "registry.example/tiny does not support tools",
-            "Tools are not supported by this model.",
-            "unknown field `tools`, expected one of `model`",
-            "[{'type': 'extra_forbidden', 'loc': ['body', 'tools'], 'msg': 'Extra inputs are not permitted'}]",
-            "\"auto\" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set",
-        ] {
-            assert!(wants_no_tools(words), "{words}");
-        }
-        for words in [
-            "Invalid schema for function 'look' in tools[0].function.parameters: type 'nonsense' is not supported",
-            "tools.0.function.name: unexpected character",
-            "this model's maximum context length is 8192 tokens, tools included",
-            "the key is not valid",
-        ] {
-            assert!(!wants_no_tools(words), "{words}");
-        }
-    }
 
     #[test]
     fn statuses_are_judged() {

@@ -19,6 +19,7 @@ mod context;
 mod fair;
 mod offer;
 mod pool;
+mod quirks;
 mod reading;
 mod sse;
 mod tokens;

@@ -3,7 +3,7 @@
 //! Owns: the answer's wire format, its bounds, and what servers leave out or spell otherwise. Not here: the connection
 //! (`client.rs`), events and calls in pieces (`sse.rs`, `wire.rs`). Pure. Tests: at the foot.
 
-use serde::Deserialize;
+use serde::{Deserialize, de::IgnoredAny};
 use serde_json::Value;
 
 use super::{
@@ -16,7 +16,7 @@ use crate::types::{Cut, Usage, limits::MAX_ANSWER_BYTES};
 #[derive(Deserialize)]
 struct Chunk {
     #[serde(default)]
-    choices: Vec<Choice>,
+    choices: Option<Vec<Choice>>,
     #[serde(default)]
     usage: Option<WireUsage>,
     #[serde(default)]
@@ -36,17 +36,42 @@ struct Choice {
 #[derive(Deserialize)]
 struct Said {
     #[serde(default)]
-    content: Option<String>,
+    content: Option<Content>,
     #[serde(default)]
     tool_calls: Option<Vec<Piece>>,
+}
+
+/// Words; some servers send them in parts, beside parts of other kinds such as what a model thought before.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Content {
+    Text(String),
+    Parts(Vec<Part>),
+    Other(IgnoredAny),
+}
+
+#[derive(Deserialize)]
+struct Part {
+    #[serde(default)]
+    text: Option<String>,
+}
+
+impl Content {
+    fn words(self) -> String {
+        match self {
+            Content::Text(text) => text,
+            Content::Parts(parts) => parts.into_iter().filter_map(|part| part.text).collect(),
+            Content::Other(_) => String::new(),
+        }
+    }
 }
 
 #[derive(Deserialize)]
 struct WireUsage {
     #[serde(default)]
-    prompt_tokens: u64,
+    prompt_tokens: Option<u64>,
     #[serde(default)]
-    completion_tokens: u64,
+    completion_tokens: Option<u64>,
 }
 
 /// An answer while it arrives.
@@ -91,16 +116,19 @@ impl Reading {
             return Err(again(format!("the provider gave up: {words}")));
         }
         if let Some(usage) = chunk.usage {
-            self.usage = Some(Usage { input_tokens: usage.prompt_tokens, output_tokens: usage.completion_tokens });
+            self.usage = Some(Usage {
+                input_tokens: usage.prompt_tokens.unwrap_or(0),
+                output_tokens: usage.completion_tokens.unwrap_or(0),
+            });
         }
-        let Some(choice) = chunk.choices.into_iter().next() else { return Ok(None) };
+        let Some(choice) = chunk.choices.into_iter().flatten().next() else { return Ok(None) };
         self.finished |= choice.finish_reason.is_some() || choice.message.is_some();
         self.cut = choice.finish_reason.as_deref().and_then(cut_for).or(self.cut);
         let Some(said) = choice.delta.or(choice.message) else { return Ok(None) };
         let before = self.calls.weight();
         said.tool_calls.unwrap_or_default().into_iter().for_each(|piece| self.calls.take(piece));
         self.pieces += u64::from(self.calls.weight() > before);
-        let mut piece = said.content.unwrap_or_default();
+        let mut piece = said.content.map(Content::words).unwrap_or_default();
         let room = MAX_ANSWER_BYTES - self.text.len();
         if piece.len() > room {
             // An endless answer is cut, at a character, and the connection closed.
@@ -186,6 +214,22 @@ mod tests {
                 cut: None
             }
         );
+    }
+
+    #[test]
+    fn words_in_parts_are_read_and_thoughts_before_them_are_not() {
+        let mut reading = Reading::default();
+        for content in [
+            r#"[{"type":"thinking","thinking":[{"type":"text","text":"hm"}]}]"#,
+            r#"[{"type":"text","text":"Hel"},{"type":"text","text":"lo"}]"#,
+            "null",
+            "7",
+        ] {
+            reading.take(&event(&format!(r#"{{"choices":[{{"delta":{{"content":{content}}}}}]}}"#))).unwrap();
+        }
+        reading.take(&event(r#"{"choices":null,"usage":{"prompt_tokens":1,"completion_tokens":null}}"#)).unwrap();
+        let answer = reading.answer(ask(&key(), &[]));
+        assert_eq!((answer.text.as_str(), answer.usage.input_tokens), ("Hello", 1));
     }
 
     #[test]
