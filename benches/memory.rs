@@ -18,7 +18,7 @@ use sophont::{
     memory::{Ask, Known, Memory},
     runtime::clock::Clock,
     scaling::cache::{Options, TieredCache},
-    store::{Done, Fence, Head, Keep, Piece, Store, Unit, Work, Writer as _, sqlite::SqliteStore},
+    store::{Done, Fence, Head, Keep, Piece, Reader as _, Store, Unit, Work, Writer as _, sqlite::SqliteStore},
     types::{
         Channel, EpisodeId, InstanceId, InstanceKey, Outcome, RawJson, Source, StateChange, Stimulus, TenantId,
         TurnRecord,
