@@ -22,6 +22,8 @@ pub mod cluster;
 pub mod cognition;
 pub mod config;
 pub mod delivery;
+#[cfg(any(test, fuzzing))]
+pub mod fuzzing;
 pub mod gateway;
 pub mod instance;
 pub mod memory;

@@ -18,6 +18,8 @@ pub mod check_history;
 mod cluster;
 mod door;
 mod failure;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod inspect;
 pub mod load;
 mod out;

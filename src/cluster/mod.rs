@@ -11,6 +11,8 @@ pub mod bus;
 pub mod calls;
 pub mod copies;
 pub mod forward;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod gauge;
 pub mod hearing;
 pub mod lease;

@@ -13,6 +13,8 @@ use crate::types::{Cut, Fault, InstanceKey, Kind, Millis, Profile, StateDoc, Ste
 pub mod answer;
 pub mod course;
 mod engines;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod llm;
 pub mod reflex;
 pub mod scripted;

@@ -16,6 +16,8 @@ use crate::types::{InstanceId, Roles, Scope, TenantId, profile::EngineName};
 mod check;
 pub mod env;
 mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod live;
 mod load;
 pub mod preset;

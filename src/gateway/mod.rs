@@ -5,5 +5,4 @@
 
 pub mod auth;
 pub mod http;
-pub mod json;
 pub mod mqtt;

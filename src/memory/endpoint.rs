@@ -107,7 +107,7 @@ impl Maker for Server {
 }
 
 /// The vectors of an answer in the order of the texts.
-fn sort(body: &[u8], count: usize) -> Result<Vec<Option<Vector>>, String> {
+pub(super) fn sort(body: &[u8], count: usize) -> Result<Vec<Option<Vector>>, String> {
     let told: Told = serde_json::from_slice(body).map_err(|error| format!("not an answer with vectors: {error}"))?;
     let mut vectors = vec![None; count];
     let mut named = 0;

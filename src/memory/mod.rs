@@ -38,6 +38,8 @@ mod checkpoint;
 mod digest;
 mod endpoint;
 mod fuse;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod gather;
 mod index;
 mod lexical;

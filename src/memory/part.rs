@@ -7,7 +7,7 @@
 use super::digest::Digest;
 
 /// The newest version.
-const VERSION: u8 = 1;
+pub(super) const VERSION: u8 = 1;
 /// Bytes of the sum at the end.
 const SUM: usize = 16;
 

@@ -30,6 +30,8 @@ use crate::{
 };
 
 mod check;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub(crate) mod journal;
 mod links;
 pub mod memory;

@@ -157,7 +157,7 @@ impl Fetch {
     }
 
     /// Whether and how an address may be asked.
-    fn check(&self, url: &str) -> Result<Url, String> {
+    pub(super) fn check(&self, url: &str) -> Result<Url, String> {
         if url.len() > MAX_URL_BYTES {
             return Err(format!("an address has at most {MAX_URL_BYTES} bytes"));
         }
@@ -178,7 +178,7 @@ impl Fetch {
     }
 
     /// The addresses a host may be asked at.
-    async fn addresses(&self, url: &Url) -> Result<(String, Vec<SocketAddr>), String> {
+    pub(super) async fn addresses(&self, url: &Url) -> Result<(String, Vec<SocketAddr>), String> {
         let host = url.host_str().unwrap_or_default();
         let port = url.port_or_known_default().unwrap_or(0);
         let literal = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();

@@ -15,6 +15,8 @@
 pub mod address;
 mod built_in;
 mod fetch;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod held;
 mod mcp;
 mod pool;

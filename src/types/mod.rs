@@ -8,6 +8,8 @@ pub mod action;
 pub mod auth;
 pub mod chat;
 pub mod error;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod host;
 pub mod id;
 pub mod json;
@@ -18,6 +20,7 @@ pub mod profile;
 pub mod state;
 pub mod step;
 pub mod stimulus;
+pub mod strict;
 pub mod time;
 pub mod tool;
 pub mod turn;

@@ -20,7 +20,7 @@ const ROWS: &[&[&str]] = &[
     &["gateway"],
     &["node"],
     &["cli"],
-    &["main"],
+    &["main", "fuzzing"],
 ];
 
 /// Crates, and the paths below `src/` that may name them: a folder, or a module's file.

@@ -24,6 +24,8 @@ use super::{
 use crate::types::InstanceId;
 
 mod ask;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod history;
 mod sse;
 

@@ -17,6 +17,8 @@ mod breaker;
 mod client;
 mod context;
 mod fair;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod offer;
 mod pool;
 mod quirks;
@@ -57,7 +59,7 @@ use crate::{
         pool::{Limits, Tally},
     },
     telemetry::metric,
-    types::{Chat, Cut, Message, Profile, RawJson, Reply, chat::LeftCalls, step::Answered},
+    types::{Chat, Cut, Message, Profile, RawJson, Reply, chat::LeftCalls, step::Answered, strict},
 };
 
 /// Episodes and recent turns a model is told.
@@ -225,7 +227,7 @@ fn concluded(question: &Question, course: Course<'_>, last: Option<Answered>, cu
         None => course.left_to_others(),
     };
     let json = Chat::of(&question.stimulus).is_some_and(|chat| chat.options.contains_key("response_format"));
-    let structured = last.as_ref().filter(|_| json).and_then(|last| RawJson::parse(&last.text).ok());
+    let structured = last.as_ref().filter(|_| json).and_then(|last| strict::whole(&last.text).ok());
     let (mut thought, reply) = course.conclude(last);
     let remembered = question.stimulus.content.as_deref().and_then(answer::remember);
     let mut actions: Vec<Action> = remembered.into_iter().collect();

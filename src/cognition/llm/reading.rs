@@ -77,8 +77,8 @@ struct WireUsage {
 /// An answer while it arrives.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Reading {
-    text: String,
-    calls: Calls,
+    pub(super) text: String,
+    pub(super) calls: Calls,
     usage: Option<Usage>,
     /// Pieces with text in them.
     pieces: u64,

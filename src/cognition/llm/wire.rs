@@ -177,8 +177,10 @@ impl Calls {
             if name.is_empty() {
                 continue;
             }
-            let taken = id.is_empty() || calls.iter().any(|call| call.id == id);
-            let id = if taken { format!("call_{at}_{}", calls.len()) } else { id };
+            let free = |id: &String| !id.is_empty() && calls.iter().all(|call| call.id != *id);
+            // One of so many names is free, whatever the server called the others.
+            let made = (0..=calls.len()).map(|nth| format!("call_{at}_{nth}"));
+            let id = std::iter::once(id).chain(made).find(free).unwrap_or_default();
             calls.push(ToolCall { id, name, arguments });
         }
         calls
@@ -245,6 +247,9 @@ mod tests {
         let made = put_together(&[plain.clone(), plain, json!({"id": "x", "function": {"name": "look"}}), nameless]);
         assert_eq!(made.len(), 3, "{made:?}");
         assert!(made[0].0 != made[1].0 && made.iter().all(|call| !call.0.is_empty()), "{made:?}");
+        let called_so = json!({"id": "call_1_0", "function": {"name": "look"}});
+        let made = put_together(&[called_so, json!({"index": 1, "function": {"name": "look"}})]);
+        assert!(made.len() == 2 && made[0].0 != made[1].0, "{made:?}");
         assert_eq!(put_together(&[json!({"id": "x"}), json!(null).get("y").cloned().unwrap_or(json!({}))]), []);
     }
 

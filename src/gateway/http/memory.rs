@@ -35,6 +35,8 @@ use crate::{
 use self::view::{CheckpointView, EpisodeView, IdView, IdsView, RecollectionView, RemovedView, StatsView};
 
 pub mod document;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod transfer;
 mod view;
 

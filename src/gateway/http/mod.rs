@@ -38,10 +38,10 @@ use tokio::time::Instant;
 use crate::{
     cluster::{Operations, Router},
     config,
-    gateway::{auth::Authenticator, json},
+    gateway::auth::Authenticator,
     instance,
     runtime::{clock::Clock, drain::Drain},
-    types::{AuthContext, InstanceId, InstanceKey, Role, StimulusId, id::stable_hash},
+    types::{AuthContext, InstanceId, InstanceKey, Role, StimulusId, id::stable_hash, strict},
 };
 
 mod admission;
@@ -51,6 +51,8 @@ mod chat;
 mod cluster;
 mod events;
 mod follow;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod instances;
 mod line;
 mod memory;
@@ -398,14 +400,14 @@ impl Caller<'_> {
 
 /// Reads a JSON body. What is wrong is named by its place; finding that costs a second look, for bad bodies only.
 fn json_body<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, Refusal> {
-    let text = json::check(bytes)?;
+    let text = strict::check(bytes)?;
     // A list of the fields' values would be read as the object, and its faults told in words nobody understands.
     if text.trim_start().starts_with('[') {
         return Err(Refusal::Field(String::from("the body is a list; it must be an object")));
     }
     serde_json::from_str(text).map_err(|error| {
         if !error.is_data() {
-            return json::Error::Syntax(error.to_string()).into();
+            return strict::Error::Syntax(error.to_string()).into();
         }
         let mut again = serde_json::Deserializer::from_str(text);
         match serde_path_to_error::deserialize::<_, T>(&mut again) {

@@ -16,13 +16,11 @@ use actix_web::{
 };
 use serde::Serialize;
 
-use crate::{
-    gateway::json,
-    types::{
-        Fault, InstanceId, Kind, StimulusId,
-        id::IdError,
-        limits::{MAX_JSON_DEPTH, MAX_PROFILE_BYTES},
-    },
+use crate::types::{
+    Fault, InstanceId, Kind, StimulusId,
+    id::IdError,
+    limits::{MAX_JSON_DEPTH, MAX_PROFILE_BYTES},
+    strict,
 };
 
 /// What the door refuses by itself.
@@ -81,7 +79,7 @@ pub enum Refusal {
     BrokenBody(String),
     /// Not JSON.
     #[error(transparent)]
-    Json(#[from] json::Error),
+    Json(#[from] strict::Error),
     /// JSON that is not what the call takes.
     #[error("{0}")]
     Field(String),
@@ -230,7 +228,7 @@ impl Fault for Refusal {
             Refusal::TooLarge(_) => "send less at once, or raise http.max_body_kb",
             Refusal::MediaType(_) => "set the Content-Type header accordingly",
             Refusal::SlowBody(_) => "send the body at once",
-            Refusal::Json(json::Error::Depth(_)) => {
+            Refusal::Json(strict::Error::Depth(_)) => {
                 return Some(format!("keep the nesting at {MAX_JSON_DEPTH} levels or less"));
             }
             Refusal::Id { .. } => "ids have 1 to 128 characters of A-Z a-z 0-9 . _ ~ -",

@@ -16,7 +16,7 @@ use crate::{
     cluster::Router,
     types::{
         AuthContext, Channel, InstanceId, InstanceKey, Kind, Millis, Priority, RawJson, ReplyTo, Scope, Source,
-        Stimulus, StimulusId, limits::MAX_JSON_DEPTH,
+        Stimulus, StimulusId, strict,
     },
 };
 
@@ -376,30 +376,7 @@ fn payload<'a>(incoming: &Incoming<'a>) -> Result<Payload<'a>, Refusal> {
 }
 
 fn json(text: &str) -> Result<RawJson, Refusal> {
-    if depth(text) > MAX_JSON_DEPTH {
-        return Err(Refusal::format(format!("JSON nested deeper than {MAX_JSON_DEPTH} levels")));
-    }
-    RawJson::parse(text).map_err(|error| Refusal::format(format!("not JSON: {error}")))
-}
-
-/// How deep brackets nest outside strings. Exact for valid JSON.
-fn depth(text: &str) -> usize {
-    let (mut depth, mut deepest) = (0_usize, 0);
-    let (mut in_string, mut is_escaped) = (false, false);
-    for byte in text.bytes() {
-        match byte {
-            _ if is_escaped => is_escaped = false,
-            b'\\' if in_string => is_escaped = true,
-            b'"' => in_string = !in_string,
-            b'{' | b'[' if !in_string => {
-                depth += 1;
-                deepest = deepest.max(depth);
-            }
-            b'}' | b']' if !in_string => depth = depth.saturating_sub(1),
-            _ => {}
-        }
-    }
-    deepest
+    strict::whole(text).map_err(|error| Refusal::format(error.to_string()))
 }
 
 /// The state patch of a publish on `state/reported`, as the stimulus [`Router::patch`] takes.
@@ -449,7 +426,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::types::{Principal, TenantId};
+    use crate::types::{Principal, TenantId, limits::MAX_JSON_DEPTH};
 
     fn owner() -> AuthContext {
         AuthContext::loopback(TenantId::new("acme").unwrap())
@@ -568,6 +545,16 @@ mod tests {
         assert_eq!(reason(make(&json)), 0x99);
         let list = Incoming { payload: b"[1]", content_type: Some("application/json"), ..Incoming::default() };
         assert_eq!(make(&list).unwrap().data.unwrap().get(), "[1]");
+    }
+
+    #[test]
+    fn what_no_parser_can_hold_is_no_data() {
+        for text in [r#"{"a":"\ud800"}"#, r#"{"a":1e999}"#] {
+            let plain = Incoming { payload: text.as_bytes(), ..Incoming::default() };
+            assert_eq!(make(&plain).unwrap().content.as_deref(), Some(text));
+            assert_eq!(reason(make(&Incoming { content_type: Some("application/json"), ..plain })), 0x99);
+            assert!(reported(&owner(), &plain, "c", Millis(1)).is_err());
+        }
     }
 
     #[test]

@@ -11,6 +11,8 @@ mod connection;
 pub mod embedded;
 pub mod external;
 mod farewell;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod handshake;
 pub mod inbound;
 mod lines;

@@ -214,6 +214,13 @@ fn sum(head: &[u8], body: &[u8]) -> [u8; 8] {
     sum
 }
 
+/// The bytes with the sum that makes them readable, for the fuzzer, which will not guess it.
+#[cfg(any(test, fuzzing))]
+pub(super) fn seal(bytes: &[u8]) -> Option<Vec<u8>> {
+    let (head, body) = bytes.split_at_checked(HEAD)?;
+    Some([head, &sum(head, body), body].concat())
+}
+
 /// Where the version, form, flags, times, seal and length end, and the sum begins.
 const HEAD: usize = 16 + 2 + 3 * 8 + 8 + 8 + 4 + 4;
 

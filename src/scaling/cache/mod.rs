@@ -32,6 +32,8 @@ mod breaker;
 mod entry;
 mod figures;
 mod flight;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod l1;
 mod l2;
 mod ledger;

@@ -6,6 +6,8 @@
 //! name, and ends with the connection, with all that it started.
 //! Tests: at the foot; `tests/it/tools.rs` and `tests/it/mcp_servers.rs` with real servers.
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod process;
 
 use std::{

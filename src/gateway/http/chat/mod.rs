@@ -8,6 +8,8 @@
 mod asked;
 pub(super) mod document;
 pub mod embeddings;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod stream;
 pub(super) mod wire;
 

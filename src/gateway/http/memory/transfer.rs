@@ -30,6 +30,7 @@ use crate::{
         EpisodeId, InstanceKey, Millis, Priority,
         limits::{MAX_EPISODES, MAX_EPISODES_BYTES, MAX_TAGS},
         memory::Written,
+        strict,
     },
 };
 
@@ -210,7 +211,7 @@ impl Import<'_> {
         if bytes.iter().all(u8::is_ascii_whitespace) {
             return Ok(());
         }
-        let text = crate::gateway::json::check(bytes).map_err(|error| self.bad(number, &error.to_string()))?;
+        let text = strict::check(bytes).map_err(|error| self.bad(number, &error.to_string()))?;
         if !text.trim_start().starts_with('{') {
             return Err(self.bad(number, "is no JSON object: one episode a line").into());
         }

@@ -1,10 +1,11 @@
 //! JSON text from outside, checked once before anything is built from it.
 //!
-//! Owns: the walls both doors put before JSON: UTF-8, nesting, and values that look valid but that no parser here can hold
-//! (a lone surrogate, a number beyond the range). Not here: what a field may say (wire types of each door).
+//! Owns: the walls both doors, and the client of model servers, put before JSON: UTF-8, nesting, and values that look valid but
+//! that no parser here can hold (a lone surrogate, a number beyond the range). What passed is stored and sent as it is, and
+//! everybody can read it. Not here: what a field may say (wire types of each door).
 //! Tests: at the foot; over the wire in `tests/it/hostile.rs`.
 
-use crate::types::{Fault, Kind, limits::MAX_JSON_DEPTH};
+use super::{Fault, Kind, RawJson, limits::MAX_JSON_DEPTH};
 
 /// Why bytes are not JSON we take.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -44,6 +45,15 @@ pub fn check(bytes: &[u8]) -> Result<&str, Error> {
         serde_json::from_str::<serde_json::Value>(text).map_err(|error| Error::Syntax(error.to_string()))?;
     }
     Ok(text)
+}
+
+/// As [`check`], for a text that is JSON as a whole.
+///
+/// # Errors
+/// [`Error`].
+pub fn whole(text: &str) -> Result<RawJson, Error> {
+    check(text.as_bytes())?;
+    RawJson::parse(text).map_err(|error| Error::Syntax(error.to_string()))
 }
 
 /// Bounds the nesting; true when the text holds something only a full parse can judge.
@@ -110,6 +120,7 @@ mod tests {
         assert_eq!(check(b"{\"a\":\"\xff\"}"), Err(Error::Utf8(6)));
         for bad in [r#"{"a":"\ud800"}"#, "[1e999]", &format!("[{}]", "9".repeat(400))] {
             assert!(matches!(check(bad.as_bytes()), Err(Error::Syntax(_))), "{bad}");
+            assert!(whole(bad).is_err() && RawJson::parse(bad).is_ok(), "{bad}: valid JSON, and of no use");
         }
     }
 }

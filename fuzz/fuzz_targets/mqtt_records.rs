@@ -1,0 +1,4 @@
+//! See `sophont::fuzzing`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| sophont::fuzzing::run("mqtt_records", bytes));
