@@ -35,7 +35,7 @@ pub fn addresses(bytes: &[u8]) {
     let v4 = Ipv4Addr::from(*leads.first_chunk::<4>().unwrap());
     let v6 = Ipv6Addr::from(*leads[4..].first_chunk::<16>().unwrap());
     let mut allow = vec![String::from("good.example")];
-    if let Some(url) = plain_host(url) {
+    if let Some(url) = plain_host(url.trim()) {
         allow.extend([url.clone(), format!("{url}:80"), format!("{url}:443"), format!("{url}:8080")]);
     }
     let settings = Fetching { allow, private: false, post: false, seconds: 5, max_kb: 4, max_concurrent: 2 };
@@ -63,7 +63,7 @@ fn plain_host(url: &str) -> Option<String> {
     } else {
         rest.find(['/', ':', '?', '#']).unwrap_or(rest.len())
     };
-    Some(rest[..end].to_ascii_lowercase())
+    Some(rest[..end].trim().to_ascii_lowercase())
 }
 
 /// Of this machine or a private network, by what the standard library knows, also where IPv6 has IPv4 in it.
