@@ -39,7 +39,7 @@ pub(crate) enum Failure {
     #[error("too many texts wait for vectors")]
     Overloaded,
     /// They could not be made lately.
-    #[error("the embeddings server failed and is left alone for a moment")]
+    #[error("the embeddings server or model failed and is left alone for a moment")]
     Paused,
     /// There is none for this text.
     #[error("the text has no vector")]
@@ -191,7 +191,9 @@ impl Inner {
         let began = Instant::now();
         #[allow(clippy::cast_precision_loss)] // at most some hundreds
         self.texts.record(batch.len() as f64);
-        let told = self.maker.vectors(batch.iter().map(|waiting| waiting.text.clone()).collect()).await;
+        let (texts, answers): (Vec<_>, Vec<_>) =
+            batch.into_iter().map(|waiting| (waiting.text, waiting.answer)).unzip();
+        let told = self.maker.vectors(texts).await;
         self.seconds.record(began.elapsed());
         match told {
             Ok(vectors) => {
@@ -199,8 +201,8 @@ impl Inner {
                     let mut state = self.lock();
                     (state.failures, state.paused_until) = (0, None);
                 }
-                for (waiting, vector) in batch.into_iter().zip(vectors) {
-                    drop(waiting.answer.send(vector.ok_or(Failure::NoDirection)));
+                for (answer, vector) in answers.into_iter().zip(vectors) {
+                    drop(answer.send(vector.ok_or(Failure::NoDirection)));
                 }
             }
             Err(why) => {
@@ -215,8 +217,8 @@ impl Inner {
                 let paused = state.paused_until.is_some();
                 let others: Vec<Waiting> = if paused { state.waiting.drain(..).collect() } else { Vec::new() };
                 drop(state);
-                tracing::warn!(why, texts = batch.len(), "no vectors");
-                batch.into_iter().for_each(|waiting| drop(waiting.answer.send(Err(Failure::Maker(why.clone())))));
+                tracing::warn!(why, texts = answers.len(), "no vectors");
+                answers.into_iter().for_each(|answer| drop(answer.send(Err(Failure::Maker(why.clone())))));
                 others.into_iter().for_each(|waiting| drop(waiting.answer.send(Err(Failure::Paused))));
             }
         }

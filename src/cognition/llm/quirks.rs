@@ -12,6 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::client::MAX_ERROR_CHARS;
+
 /// How long a model is believed to take no tools: servers are upgraded.
 const TOOLLESS_FOR: Duration = Duration::from_secs(600);
 /// Most models that are known to take none.
@@ -59,17 +61,14 @@ impl Quirks {
             Some(Part::StreamOptions) if sent.stream_options => found.no_stream_options = true,
             Some(Part::Tools) if sent.tools => {
                 found.toolless.retain(|_, until| *until > now);
-                if found.toolless.len() < MAX_TOOLLESS {
-                    tracing::warn!(
-                        model,
-                        server = words,
-                        "the model takes no tools: it is asked without them for {TOOLLESS_FOR:?}"
-                    );
-                }
-                while found.toolless.len() >= MAX_TOOLLESS {
+                if found.toolless.len() >= MAX_TOOLLESS {
                     found.toolless.pop_first();
                 }
-                found.toolless.insert(model.to_owned(), now + TOOLLESS_FOR);
+                let is_news = found.toolless.insert(model.to_owned(), now + TOOLLESS_FOR).is_none();
+                if is_news {
+                    let server: String = words.chars().take(MAX_ERROR_CHARS).collect();
+                    tracing::warn!(model, server, "the model takes no tools: asked without for {TOOLLESS_FOR:?}");
+                }
             }
             _ => return false,
         }
